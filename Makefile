@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv, installs what
+# constraints.txt pins, builds the C++ library where a compiler is found, and runs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard kernels/csrc/*) $(wildcard kernels/*/csrc/*)
+DATA ?=
+OUT ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types bench clean
+
+help:  ## Say what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+install: $(VENV)/.installed  ## Make .venv with everything pinned, and build
+	@$(BIN)/python -m pinet_fast.kernels
+
+# torch comes first: a build of it that is there already is kept by everything after it.
+$(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pinet_fast needs Python 3.11 or newer; choose one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt scikit-build-core cmake ninja
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: install  ## Joint against deconfounded training, by stratum (DATA=path for a real log)
+	rm -rf $(OUT)/joint $(OUT)/agreement-heads
+	$(BIN)/pinet-fast demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: install  ## All tests
+	$(BIN)/python -m pytest
+
+lint: install  ## Ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy, strict
+	$(BIN)/mypy
+
+bench: install  ## All benchmarks on this CPU
+	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -o addopts= --import-mode=importlib
+
+clean:  ## Remove what was built and installed here
+	rm -rf $(VENV) build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -1,0 +1,33 @@
+"""The only reader of environment variables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+BACKEND = "PINET_FAST_BACKEND"
+"""Forces one kernel backend everywhere: ``reference``, ``cpp`` or ``triton``."""
+
+NVTX = "PINET_FAST_NVTX"
+"""``1`` turns NVTX ranges on."""
+
+CACHE = "PINET_FAST_CACHE"
+"""Folder of prepared stores; default ``$XDG_CACHE_HOME/pinet_fast`` or ``~/.cache/pinet_fast``."""
+
+
+def forced_backend() -> str | None:
+    """Return the backend forced by ``PINET_FAST_BACKEND``, or None."""
+    return os.environ.get(BACKEND) or None
+
+
+def nvtx_enabled() -> bool:
+    """Return whether ``PINET_FAST_NVTX`` asks for NVTX ranges."""
+    return os.environ.get(NVTX, "0") not in ("", "0")
+
+
+def cache_dir() -> Path:
+    """Return the folder of prepared stores, which need not exist yet."""
+    if own := os.environ.get(CACHE):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "pinet_fast"

@@ -1,0 +1,1 @@
+"""Oracles, inputs and tolerances that several tests share."""
