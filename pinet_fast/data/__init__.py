@@ -1,0 +1,32 @@
+"""Logs, memory-mapped stores, splits, strata, and stratified ragged batches."""
+
+from __future__ import annotations
+
+from pinet_fast.data.batch import RaggedBatch
+from pinet_fast.data.evaluation import EvaluationBatch, evaluation_batches
+from pinet_fast.data.loader import RaggedLoader
+from pinet_fast.data.logs import EventLog, read_log
+from pinet_fast.data.negatives import BoundNegatives, Negatives
+from pinet_fast.data.preparation import prepare
+from pinet_fast.data.sampler import StratifiedBatchSampler
+from pinet_fast.data.simulate import simulate_log
+from pinet_fast.data.splits import Split
+from pinet_fast.data.store import SequenceStore
+from pinet_fast.data.strata import Strata
+
+__all__ = [
+    "BoundNegatives",
+    "EvaluationBatch",
+    "EventLog",
+    "Negatives",
+    "RaggedBatch",
+    "RaggedLoader",
+    "SequenceStore",
+    "Split",
+    "Strata",
+    "StratifiedBatchSampler",
+    "evaluation_batches",
+    "prepare",
+    "read_log",
+    "simulate_log",
+]

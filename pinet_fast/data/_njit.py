@@ -1,0 +1,116 @@
+"""Numba kernels of the data path: single-threaded, without the GIL, one-dimensional arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[Any]
+
+# Increment and multipliers of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+# generators, OOPSLA 2014). Everything is np.uint64: Numba turns int64 with uint64 into float64.
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR_A = np.uint64(0xBF58476D1CE4E5B9)
+_FACTOR_B = np.uint64(0x94D049BB133111EB)
+_U1, _U27, _U30 = np.uint64(1), np.uint64(27), np.uint64(30)
+_U31, _U32 = np.uint64(31), np.uint64(32)
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+@njit(nogil=True, cache=True)
+def gather(items: Array, starts: Array, ends: Array, offsets: Array, out: Array) -> None:
+    """Copy ``items[starts[b]:ends[b]]`` to ``out[offsets[b]:offsets[b + 1]]`` for every b."""
+    for b in range(starts.shape[0]):
+        shift = offsets[b] - starts[b]
+        for i in range(starts[b], ends[b]):
+            out[i + shift] = items[i]
+
+
+@njit(nogil=True, cache=True)
+def gather_next(
+    items: Array, starts: Array, ends: Array, offsets: Array, values: Array, targets: Array
+) -> None:
+    """Split windows of L + 1 events into L values and, one place on, their L targets."""
+    for b in range(starts.shape[0]):
+        shift = offsets[b] - starts[b]
+        for i in range(starts[b], ends[b] - 1):
+            values[i + shift] = items[i]
+            targets[i + shift] = items[i + 1]
+
+
+@njit(nogil=True, cache=True)
+def unique_histories(
+    items: Array, starts: Array, ends: Array, histories: Array, offsets: Array
+) -> None:
+    """Write the sorted unique items of every window one after the other, and where each begins."""
+    end = 0
+    offsets[0] = 0
+    for u in range(starts.shape[0]):
+        window = np.sort(items[starts[u] : ends[u]])
+        last = -1
+        for item in window:
+            if item != last:
+                histories[end] = item
+                end += 1
+                last = item
+        offsets[u + 1] = end
+
+
+@njit(nogil=True, cache=True)
+def _mix(x: np.uint64) -> np.uint64:
+    x = (x ^ (x >> _U30)) * _FACTOR_A
+    x = (x ^ (x >> _U27)) * _FACTOR_B
+    return x ^ (x >> _U31)
+
+
+@njit(nogil=True, cache=True)
+def _subkey(key: np.uint64, counter: int) -> np.uint64:
+    return _mix(key + (np.uint64(counter) + _U1) * _STEP)
+
+
+@njit(nogil=True, cache=True)
+def _below(word: np.uint64, bound: np.uint64) -> np.int64:
+    # floor(word * bound / 2**64) for bound < 2**32: biased by less than bound / 2**64.
+    high = (word >> _U32) * bound
+    low = ((word & _LOW) * bound) >> _U32
+    return np.int64((high + low) >> _U32)
+
+
+@njit(nogil=True, cache=True)
+def draw_negatives(
+    histories: Array,
+    history_offsets: Array,
+    num_items: int,
+    users: Array,
+    first_positions: Array,
+    offsets: Array,
+    key: np.uint64,
+    num_draws: int,
+    out: Array,
+) -> None:
+    """Draw ``num_draws`` items of 1..V outside the user's history for every event.
+
+    A draw depends on (key, user, position of the event in the user's sequence, number of the draw)
+    alone. Rank k of the complement of a history h_0 < h_1 < ... is item k + 1 + i, where i is the
+    number of history items with h_i - 1 - i <= k: no draw is ever rejected.
+    """
+    for b in range(users.shape[0]):
+        user = users[b]
+        first, end = history_offsets[user], history_offsets[user + 1]
+        num_free = np.uint64(num_items - (end - first))
+        user_key = _subkey(key, user)
+        for t in range(offsets[b], offsets[b + 1]):
+            event_key = _subkey(user_key, first_positions[b] + t - offsets[b])
+            for j in range(num_draws):
+                rank = _below(_subkey(event_key, j), num_free)
+                low, high = first, end
+                while low < high:
+                    middle = (low + high) >> 1
+                    if histories[middle] - 1 - (middle - first) <= rank:
+                        low = middle + 1
+                    else:
+                        high = middle
+                out[t * num_draws + j] = rank + 1 + low - first
