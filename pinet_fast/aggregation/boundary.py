@@ -1,0 +1,219 @@
+"""Boundary ops: where a parameter meets rows of the batch, and its gradient splits by stratum.
+
+Each op computes the ordinary forward, bit for bit, and in backward returns the ordinary gradient
+of its rows and, to a virtual leaf of shape [S, *shape], the S stratum gradients of the parameter.
+The parameter itself is given detached: it takes no part in the graph.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pinet_fast.aggregation.rows import row_tensor
+
+if TYPE_CHECKING:
+    from pinet_fast.aggregation.strata_index import RowGroups
+
+# torch.autograd.Function is untyped: its contexts and apply are Any throughout this file.
+
+
+def stratum_weight_gradients(grad: Tensor, rows: Tensor, groups: RowGroups) -> Tensor:
+    """Return ``out[s] = grad[rows of s]^T rows[rows of s]``, [S, D_out, D_in].
+
+    Args:
+        grad: Gradient of the outputs, [N, D_out].
+        rows: Inputs, [N, D_in].
+        groups: The N rows grouped by stratum. An empty stratum gives exact zeros.
+    """
+    out = rows.new_empty((groups.num_strata, grad.shape[1], rows.shape[1]))
+    for s, (g, x) in enumerate(zip(groups.split(grad), groups.split(rows), strict=True)):
+        torch.mm(g.t(), x, out=out[s])
+    return out
+
+
+def stratum_sums(rows: Tensor, groups: RowGroups) -> Tensor:
+    """Return the sum of the rows of every stratum: [N, ...] to [S, ...]."""
+    return torch.stack([part.sum(0) for part in groups.split(rows)])
+
+
+class StratifiedLinear(torch.autograd.Function):
+    """``y = x W^T + b`` with stratum gradients of W and b; x [*, D_in], W [D_out, D_in]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        groups: RowGroups,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.groups = groups
+        return F.linear(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_rows = grad.matmul(weight) if needs[0] else None
+        flat_grad = row_tensor(grad, 1)
+        flat_rows = row_tensor(rows, 1)
+        grad_weight = flat_grad.t().mm(flat_rows) if needs[1] else None
+        grad_bias = flat_grad.sum(0) if needs[2] else None
+        weight_strata = (
+            stratum_weight_gradients(flat_grad, flat_rows, ctx.groups) if needs[3] else None
+        )
+        bias_strata = stratum_sums(flat_grad, ctx.groups) if needs[4] else None
+        return grad_rows, grad_weight, grad_bias, weight_strata, bias_strata, None
+
+
+class StratifiedMatmul(torch.autograd.Function):
+    """``y = x W`` with stratum gradients of W; x [*, D_in], W [D_in, D_out], often ``E.T``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, leaf: Tensor, groups: RowGroups) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.groups = groups
+        return torch.matmul(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        grad_rows = grad.matmul(weight.t()) if ctx.needs_input_grad[0] else None
+        # Computed as the gradient of W^T, the layout of the item table behind `h @ E.T`.
+        strata = stratum_weight_gradients(row_tensor(grad, 1), row_tensor(rows, 1), ctx.groups)
+        return grad_rows, None, strata.transpose(1, 2), None
+
+
+class StratifiedEmbedding(torch.autograd.Function):
+    """``y = E[ids]``; the leaf [S, V, d] receives a sparse COO gradient over (stratum, item).
+
+    Lookups of ``padding_idx`` carry no gradient, as in ``F.embedding``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,
+        table: Tensor,
+        leaf: Tensor,
+        padding_idx: int,
+        row_strata: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(ids, row_strata)
+        ctx.shape = leaf.shape
+        ctx.padding_idx = padding_idx
+        return F.embedding(ids, table)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, row_strata = ctx.saved_tensors
+        flat_ids = ids.reshape(-1)
+        values = grad.reshape(flat_ids.numel(), grad.shape[-1])
+        if ctx.padding_idx >= 0:
+            values = values.masked_fill((flat_ids == ctx.padding_idx).unsqueeze(1), 0.0)
+        strata = torch.sparse_coo_tensor(
+            torch.stack([row_strata, flat_ids.long()]), values, ctx.shape, check_invariants=False
+        )
+        return None, None, strata, None, None
+
+
+class StratifiedLayerNorm(torch.autograd.Function):
+    """LayerNorm over the last dimensions with stratum gradients of its scale and shift."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        normalized_shape: list[int],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        eps: float,
+        groups: RowGroups,
+    ) -> Tensor:
+        out, mean, rstd = torch.native_layer_norm(rows, normalized_shape, weight, bias, eps)
+        ctx.save_for_backward(rows, mean, rstd, weight, bias)
+        ctx.normalized_shape = normalized_shape
+        ctx.groups = groups
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, mean, rstd, weight, bias = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        backward = torch.ops.aten.native_layer_norm_backward
+        grad_rows, grad_weight, grad_bias = backward(
+            grad, rows, ctx.normalized_shape, mean, rstd, weight, bias,
+            [needs[0], needs[2], needs[3]],
+        )  # fmt: skip
+        weight_strata = bias_strata = None
+        dims = len(ctx.normalized_shape)
+        flat_grad = row_tensor(grad, dims)
+        if needs[4]:
+            # x_hat from the saved statistics: [..., 1] beside [..., *normalized_shape].
+            normalised = row_tensor((rows - mean) * rstd, dims)
+            weight_strata = stratum_sums(flat_grad * normalised, ctx.groups)
+        if needs[5]:
+            bias_strata = stratum_sums(flat_grad, ctx.groups)
+        return (
+            grad_rows, None, grad_weight, grad_bias, weight_strata, bias_strata, None, None
+        )  # fmt: skip
+
+
+class StratifiedBroadcast(torch.autograd.Function):
+    """Broadcasting ``rows (+ or *) p``, with stratum gradients of p: a position table, a gate.
+
+    p's own dimensions must not reach the row dimension, or p would hold values of single rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        parameter: Tensor,
+        leaf: Tensor,
+        multiply: bool,
+        row_dim: int,
+        groups: RowGroups,
+    ) -> Tensor:
+        ctx.save_for_backward(*((rows, parameter) if multiply else ()))
+        ctx.multiply = multiply
+        ctx.shapes = rows.shape, parameter.shape
+        ctx.row_dim = row_dim
+        ctx.groups = groups
+        return rows * parameter if multiply else rows + parameter
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_rows, product = grad, grad
+        if ctx.multiply:
+            rows, parameter = ctx.saved_tensors
+            grad_rows, product = grad * parameter, grad * rows
+        rows_shape, shape = ctx.shapes
+        parts = ctx.groups.split(product.movedim(ctx.row_dim, 0))
+        sums = torch.stack([_sum_to(part.movedim(0, ctx.row_dim), shape) for part in parts])
+        for_rows = _sum_to(grad_rows, rows_shape) if ctx.needs_input_grad[0] else None
+        return for_rows, None, sums, None, None, None
+
+
+def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
+    """Sum ``rows`` over the dimensions that broadcasting added; an empty stratum gives zeros."""
+    if rows.shape == shape:
+        return rows
+    extra = rows.dim() - len(shape)
+    dims = [d for d in range(rows.dim()) if d < extra or shape[d - extra] == 1]
+    return rows.sum(dims).reshape(shape) if dims else rows
