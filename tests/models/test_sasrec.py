@@ -1,0 +1,132 @@
+"""SASRec on ragged batches equals a padded one, is causal, and leaves padding untrained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pinet_fast.errors import ConfigError
+from pinet_fast.models import SASRec
+from pinet_fast.models.ragged_attention import AttentionPlan, ragged_attention
+from support.batches import ragged_batch
+
+
+def plain_attention(qkv: Tensor, offsets: Tensor) -> Tensor:
+    """Causal attention one user and one head at a time, as the formula says."""
+    out = torch.empty_like(qkv[:, 0])
+    for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        for head in range(qkv.shape[2]):
+            q, k, v = qkv[a:b, :, head].unbind(1)
+            scores = q @ k.T / q.shape[1] ** 0.5
+            mask = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
+            out[a:b, head] = torch.softmax(scores.masked_fill(mask, -torch.inf), 1) @ v
+    return out
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    heads=st.integers(1, 3),
+    width=st.integers(1, 5),
+)
+def test_ragged_attention_is_attention_user_by_user(
+    lengths: list[int], heads: int, width: int
+) -> None:
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    qkv = torch.randn(int(offsets[-1]), 3, heads, width, dtype=torch.float64, requires_grad=True)
+    got = ragged_attention(qkv, AttentionPlan.from_offsets(offsets))
+    expected = plain_attention(qkv, offsets)
+    torch.testing.assert_close(got, expected)
+    if len(got):
+        weight = torch.randn_like(got)
+        mine = torch.autograd.grad(got, qkv, weight)[0]
+        theirs = torch.autograd.grad(expected, qkv, weight)[0]
+        torch.testing.assert_close(mine, theirs)
+
+
+def model(loss: str = "ce", **options: object) -> SASRec:
+    torch.manual_seed(3)
+    net = SASRec(30, max_len=12, dim=16, num_heads=2, loss=loss, **options)  # type: ignore[arg-type]
+    return net.double().eval()
+
+
+def test_a_user_is_not_touched_by_the_others() -> None:
+    net = model()
+    batch = ragged_batch([0, 0, 1], [5, 9, 2], num_strata=2, num_items=30)
+    together = net.hidden(batch.values, batch.offsets)
+    for a, b in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True):
+        alone = net.hidden(batch.values[a:b], torch.tensor([0, b - a]))
+        torch.testing.assert_close(alone, together[a:b])
+
+
+def test_states_do_not_see_later_items() -> None:
+    """Only the count of later events may matter (positions run from the end), never their items."""
+    net = model()
+    values = torch.tensor([4, 7, 1, 9, 3])
+    offsets = torch.tensor([0, 5])
+    before = net.hidden(values, offsets)
+    changed = values.clone()
+    changed[3:] = torch.tensor([20, 21])
+    after = net.hidden(changed, offsets)
+    torch.testing.assert_close(after[:3], before[:3])
+    assert not torch.allclose(after[3:], before[3:])
+
+
+def test_padding_is_never_recommended_nor_trained() -> None:
+    net = model()
+    batch = ragged_batch([0, 1], [4, 6], num_strata=2, num_items=30)
+    assert (net.scores(net.hidden(batch.values, batch.offsets))[:, 0] == -torch.inf).all()
+    net.train()
+    net(batch).sum().backward()
+    grad = net.items.weight.grad
+    assert grad is not None
+    assert torch.equal(grad[0], torch.zeros(16, dtype=torch.float64))
+    assert grad.isfinite().all()
+    assert (grad[1:] != 0).any(1).all()  # full softmax reaches every other item
+
+
+def test_bce_is_the_stated_loss() -> None:
+    net = model("bce")
+    batch = ragged_batch([0, 1], [4, 6], num_strata=2, num_items=30, num_negatives=3)
+    assert batch.targets is not None
+    assert batch.negatives is not None
+    scores = net.scores(net.hidden(batch.values, batch.offsets))
+    positive = torch.sigmoid(scores.gather(1, batch.targets[:, None]))
+    negative = torch.sigmoid(scores.gather(1, batch.negatives))
+    expected = -positive.log().sum(1) - (1 - negative).log().sum(1)
+    torch.testing.assert_close(net(batch), expected)
+
+
+def test_ce_is_the_log_softmax_over_real_items() -> None:
+    net = model()
+    batch = ragged_batch([0, 1], [4, 6], num_strata=2, num_items=30)
+    assert batch.targets is not None
+    scores = net.scores(net.hidden(batch.values, batch.offsets))[:, 1:]
+    expected = -torch.log_softmax(scores, 1).gather(1, batch.targets[:, None] - 1)[:, 0]
+    torch.testing.assert_close(net(batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"loss": "mse"}, "loss: expected one of"),
+        ({"dim": 10, "num_heads": 3}, "does not divide"),
+        ({"dropout": 1.0}, "dropout"),
+    ],
+)
+def test_bad_options(options: dict[str, object], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        SASRec(5, **options)  # type: ignore[arg-type]
+
+
+def test_missing_targets_or_negatives_are_named() -> None:
+    from dataclasses import replace
+
+    batch = ragged_batch([0], [3], num_strata=1, num_items=30)
+    with pytest.raises(ConfigError, match="targets"):
+        model()(replace(batch, targets=None))
+    with pytest.raises(ConfigError, match="negatives"):
+        model("bce")(replace(batch, negatives=None))
