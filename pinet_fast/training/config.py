@@ -1,0 +1,181 @@
+"""The resolved options of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pinet_fast.aggregation.rules import Backdoor, Rule, by_name
+from pinet_fast.aggregation.rules import names as rule_names
+from pinet_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MODELS = ("sasrec",)
+LOSSES = ("ce", "bce")
+PRIORS = ("uniform", "users", "events")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run besides the log itself.
+
+    Attributes:
+        data: Path of the log, Parquet or CSV.
+        model: The backbone; ``sasrec``.
+        loss: ``ce`` (softmax over the catalogue) or ``bce`` (one sampled negative an event).
+        rule: How stratum gradients are aggregated: ``joint``, ``backdoor`` or ``agreement``.
+        prior: P(z) of the backdoor rule: ``uniform``, ``users`` or ``events``.
+        strata: How users are cut by activeness, such as ``head:0.2``.
+        heads: Whether plugin heads are trained on the frozen backbone.
+        seed: Seed of the weights, of dropout, of the order of users and of negatives.
+        epochs: Most epochs of stage 1.
+        patience: Evaluations without a better validation NDCG@10 after which stage 1 ends; 0 =
+            never.
+        eval_every: Epochs between evaluations on the validation events.
+        head_epochs: Epochs of stage 2.
+        batch_size: Users a batch.
+        max_len: Longest window of events.
+        dim: d of the model.
+        blocks: Transformer blocks.
+        attention_heads: Attention heads.
+        dropout: Dropout of the backbone.
+        lr: Learning rate of Adam in stage 1.
+        head_lr: Learning rate of Adam in stage 2.
+        check: Leak check: ``first``, ``always`` or ``never``.
+        user_col: Column of user ids.
+        item_col: Column of item ids.
+        time_col: Column of timestamps.
+        order: ``auto``, ``timestamp`` or ``rows``.
+        log_every: Steps between step records in log.jsonl.
+        threads: Threads of torch; 0 = as torch decides.
+    """
+
+    data: str
+    model: str = "sasrec"
+    loss: str = "ce"
+    rule: str = "backdoor"
+    prior: str = "uniform"
+    strata: str = "head:0.2"
+    heads: bool = True
+    seed: int = 0
+    epochs: int = 40
+    patience: int = 5
+    eval_every: int = 1
+    head_epochs: int = 5
+    batch_size: int = 128
+    max_len: int = 50
+    dim: int = 64
+    blocks: int = 2
+    attention_heads: int = 1
+    dropout: float = 0.5
+    lr: float = 1e-3
+    head_lr: float = 1e-3
+    check: str = "first"
+    user_col: str = "user"
+    item_col: str = "item"
+    time_col: str = "timestamp"
+    order: str = "auto"
+    log_every: int = 20
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("model", self.model, MODELS)
+        _one_of("loss", self.loss, LOSSES)
+        _one_of("rule", self.rule, rule_names())
+        _one_of("prior", self.prior, PRIORS)
+        _one_of("order", self.order, ("auto", "timestamp", "rows"))
+        _one_of("check", self.check, ("first", "always", "never"))
+        for name in ("epochs", "eval_every", "batch_size", "max_len", "dim", "blocks"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("attention_heads", "log_every"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("seed", "patience", "head_epochs", "threads"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("lr", "head_lr"):
+            value = getattr(self, name)
+            if not (0 < value < math.inf):
+                raise ConfigError(f"--{_option(name)}: expected a number above 0, got {value}")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--dropout: expected 0 <= dropout < 1, got {self.dropout}")
+        if self.dim % self.attention_heads:
+            raise ConfigError(
+                f"--attention-heads: {self.attention_heads} does not divide --dim {self.dim}"
+            )
+        if self.prior != "uniform" and self.rule != "backdoor":
+            raise ConfigError(
+                f"--prior {self.prior}: only --rule backdoor has a prior, the rule is {self.rule}"
+            )
+
+    def make_rule(self) -> Rule:
+        """Return the rule object."""
+        return Backdoor(self.prior) if self.rule == "backdoor" else by_name(self.rule)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON holds them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RunConfig:
+        """Build a config from JSON values.
+
+        Raises:
+            ConfigError: Unknown keys (with the nearest known one), wrong types, bad values.
+        """
+        types = get_type_hints(cls)
+        for key, value in values.items():
+            if key not in types:
+                near = get_close_matches(key, types, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"config: unknown key {key!r}{hint}")
+            accepted = (int, float) if types[key] is float else (types[key],)
+            is_bool = isinstance(value, bool)
+            if not isinstance(value, accepted) or (is_bool and types[key] is not bool):
+                raise ConfigError(
+                    f"config: {key} must be of type {types[key].__name__}, got {value!r}"
+                )
+        if "data" not in values:
+            raise ConfigError("config: the key 'data' is missing")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: Path) -> RunConfig:
+        """Read a config.json.
+
+        Raises:
+            ConfigError: Missing or damaged file, or bad values in it.
+        """
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{path}: not found, so {path.parent} is no run folder; start one without --resume"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = get_close_matches(value, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"--{_option(name)}: expected one of {', '.join(known)}; got {value!r}{hint}"
+        )
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"--{_option(name)}: expected a number >= {least}, got {value}")
