@@ -1,0 +1,191 @@
+"""``pinet-fast train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pinet_fast.cli.console import Output, output
+from pinet_fast.cli.progress import ProgressObserver
+from pinet_fast.errors import ConfigError
+from pinet_fast.report import RunFiles, write_report
+from pinet_fast.training import RunConfig
+from pinet_fast.training import train as run_training
+from pinet_fast.training.run_folder import RunFolder
+
+_FIELDS = frozenset(f.name for f in dataclasses.fields(RunConfig))
+_LOG = "Log"
+_METHOD = "Method"
+_BACKBONE = "Backbone"
+_HEADS = "Plugin heads"
+_RUN = "Run"
+
+
+def _option(name: str, text: str, panel: str) -> Any:
+    flag = f"--{name.replace('_', '-')}"
+    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=True)
+
+
+def train(
+    context: typer.Context,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="The log: Parquet or CSV.", rich_help_panel=_LOG),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Run folder to make.", rich_help_panel=_RUN),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the checkpoint in --out, with the options it was "
+            "started with.", rich_help_panel=_RUN,
+        ),
+    ] = False,
+    user_col: Annotated[str, _option("user_col", "Column of user ids.", _LOG)] = "user",
+    item_col: Annotated[str, _option("item_col", "Column of item ids.", _LOG)] = "item",
+    time_col: Annotated[str, _option("time_col", "Column of timestamps.", _LOG)] = "timestamp",
+    order: Annotated[
+        str, _option("order", "auto (timestamps where there are any), timestamp, rows.", _LOG)
+    ] = "auto",
+    rule: Annotated[
+        str, _option("rule", "joint, backdoor or agreement.", _METHOD)
+    ] = RunConfig.rule,
+    prior: Annotated[
+        str, _option("prior", "P(z) of --rule backdoor: uniform, users or events.", _METHOD)
+    ] = RunConfig.prior,
+    strata: Annotated[
+        str,
+        _option("strata", "Strata by activeness: head:0.2, quantile:5 or 5,20,100.", _METHOD),
+    ] = RunConfig.strata,
+    check: Annotated[
+        str, _option("check", "Leak check: first, always or never.", _METHOD)
+    ] = RunConfig.check,
+    model: Annotated[str, _option("model", "sasrec.", _BACKBONE)] = RunConfig.model,
+    loss: Annotated[
+        str, _option("loss", "ce (softmax over the catalogue) or bce (one negative).", _BACKBONE)
+    ] = RunConfig.loss,
+    epochs: Annotated[int, _option("epochs", "Most epochs.", _BACKBONE)] = RunConfig.epochs,
+    patience: Annotated[
+        int,
+        _option("patience", "Evaluations without improvement that end it; 0 = never.", _BACKBONE),
+    ] = RunConfig.patience,
+    eval_every: Annotated[
+        int, _option("eval_every", "Epochs between evaluations.", _BACKBONE)
+    ] = RunConfig.eval_every,
+    batch_size: Annotated[
+        int, _option("batch_size", "Users a batch.", _BACKBONE)
+    ] = RunConfig.batch_size,
+    max_len: Annotated[
+        int, _option("max_len", "Longest window of events.", _BACKBONE)
+    ] = RunConfig.max_len,
+    dim: Annotated[int, _option("dim", "Width of the model.", _BACKBONE)] = RunConfig.dim,
+    blocks: Annotated[
+        int, _option("blocks", "Transformer blocks.", _BACKBONE)
+    ] = RunConfig.blocks,
+    attention_heads: Annotated[
+        int, _option("attention_heads", "Attention heads.", _BACKBONE)
+    ] = RunConfig.attention_heads,
+    dropout: Annotated[float, _option("dropout", "Dropout.", _BACKBONE)] = RunConfig.dropout,
+    lr: Annotated[float, _option("lr", "Learning rate.", _BACKBONE)] = RunConfig.lr,
+    heads: Annotated[
+        bool | None,
+        typer.Option(
+            "--heads/--no-heads", help="Train plugin heads on the frozen backbone. Default: yes, "
+            "but for --rule joint, the baseline.", rich_help_panel=_HEADS, show_default=False,
+        ),
+    ] = None,
+    head_epochs: Annotated[
+        int, _option("head_epochs", "Epochs of the heads.", _HEADS)
+    ] = RunConfig.head_epochs,
+    head_lr: Annotated[
+        float, _option("head_lr", "Learning rate of the heads.", _HEADS)
+    ] = RunConfig.head_lr,
+    seed: Annotated[int, _option("seed", "Seed of everything random.", _RUN)] = 0,
+    threads: Annotated[
+        int, _option("threads", "Threads of torch; 0 = as torch decides.", _RUN)
+    ] = 0,
+    log_every: Annotated[
+        int, _option("log_every", "Steps between records in log.jsonl.", _RUN)
+    ] = RunConfig.log_every,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print metrics.json on stdout.", rich_help_panel=_RUN)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=_RUN)
+    ] = False,
+) -> None:  # fmt: skip
+    """Train a deconfounded recommender on a log and report by stratum.
+
+    Examples:
+        pinet-fast train --data log.parquet --rule agreement --out runs/agreement
+
+        pinet-fast train --data log.csv --rule joint --loss ce --out runs/joint
+
+        pinet-fast train --out runs/joint --resume
+    """
+    if out is None:
+        raise ConfigError("--out: missing; name the run folder to make, as in --out runs/first")
+    config = None
+    if resume:
+        _refuse_changes(context, out)
+    else:
+        if data is None:
+            raise ConfigError("--data: missing; name a Parquet or CSV log, as in --data log.csv")
+        options = {name: value for name, value in context.params.items() if name in _FIELDS}
+        options["data"] = str(data)
+        options["heads"] = rule != "joint" if heads is None else heads
+        config = RunConfig(**options)
+    shown = output(as_json=as_json, quiet=quiet)
+    metrics = run(config, out, shown, resume=resume)
+    if as_json:
+        shown.print_json(json.dumps(metrics))
+    else:
+        summarise(metrics, RunFolder(out), shown)
+
+
+def run(
+    config: RunConfig | None, out: Path, shown: Output, *, resume: bool = False
+) -> dict[str, Any]:
+    """Train with progress bars and write the report."""
+    with ProgressObserver(shown.err, quiet=shown.quiet) as observer:
+        metrics = run_training(config, out, resume=resume, observer=observer)
+        write_report(RunFiles.load(out), RunFolder(out).report)
+    return metrics
+
+
+def summarise(metrics: dict[str, Any], folder: RunFolder, shown: Output) -> None:
+    """Print a run's test metrics by stratum."""
+    from rich.table import Table
+
+    final = metrics["test"][metrics["final"]]
+    simulated = " - SIMULATED DATA" if metrics["data"]["simulated"] else ""
+    table = Table(title=f"test, full ranking, {metrics['final']}{simulated}")
+    for column in ("stratum", "users", "NDCG@10", "HR@10", "MRR@10"):
+        table.add_column(column, justify="left" if column == "stratum" else "right")
+    names = ["overall", *(s["name"] for s in metrics["strata"])]
+    for name, group in zip(names, [final["overall"], *final["strata"]], strict=True):
+        means = [group[f"{metric}@10"]["mean"] for metric in ("ndcg", "hr", "mrr")]
+        cells = ["-" if mean is None else f"{mean:.4f}" for mean in means]
+        table.add_row(name, f"{group['users']:,}", *cells)
+    shown.out.print(table)
+    shown.out.print(f"report: {folder.report}", highlight=False, soft_wrap=True)
+
+
+def _refuse_changes(context: typer.Context, out: Path) -> None:
+    """A resumed run keeps its options; saying another value for one is a mistake to point out."""
+    config = RunConfig.load(RunFolder(out).config).to_dict()
+    for name, value in context.params.items():
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        wanted = str(value) if name == "data" else value
+        if given and name in config and wanted != config[name]:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} {value}: {out} was started with {config[name]!r}, and "
+                "a resumed run keeps its options; drop the option, or start a new run"
+            )
