@@ -2,9 +2,83 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pinet_fast import rules
+    from pinet_fast.aggregation import AggregationReport, GradientAggregator, StrataIndex
+    from pinet_fast.data import (
+        Negatives,
+        RaggedBatch,
+        RaggedLoader,
+        SequenceStore,
+        Split,
+        Strata,
+        StratifiedBatchSampler,
+        prepare,
+    )
+    from pinet_fast.heads import PluginHeads
+    from pinet_fast.models import PINet, SASRec
+    from pinet_fast.training import RunConfig, train
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AggregationReport",
+    "GradientAggregator",
+    "Negatives",
+    "PINet",
+    "PluginHeads",
+    "RaggedBatch",
+    "RaggedLoader",
+    "RunConfig",
+    "SASRec",
+    "SequenceStore",
+    "Split",
+    "Strata",
+    "StrataIndex",
+    "StratifiedBatchSampler",
+    "__version__",
+    "prepare",
+    "rules",
+    "train",
+]
+
+# Loaded on first use: training with one's own data needs neither pyarrow nor numba.
+_HOME = {
+    "AggregationReport": "aggregation",
+    "GradientAggregator": "aggregation",
+    "Negatives": "data",
+    "PINet": "models",
+    "PluginHeads": "heads",
+    "RaggedBatch": "data",
+    "RaggedLoader": "data",
+    "RunConfig": "training",
+    "SASRec": "models",
+    "SequenceStore": "data",
+    "Split": "data",
+    "Strata": "data",
+    "StrataIndex": "aggregation",
+    "StratifiedBatchSampler": "data",
+    "prepare": "data",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "rules":
+        return importlib.import_module("pinet_fast.rules")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"pinet_fast.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pinet_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def _find_kernels_of_a_checkout() -> None:

@@ -12,7 +12,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _seeded_and_isolated(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _seeded_and_isolated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Every test starts from one seed and writes stores to a temporary folder."""
     torch.manual_seed(0)
     monkeypatch.setenv("PINET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

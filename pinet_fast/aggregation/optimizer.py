@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pinet_fast import profiling
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
 from pinet_fast.aggregation.report import AggregationReport, LeakState
 from pinet_fast.aggregation.rules import ConstantRule, GramRule, Rule, by_name
@@ -141,7 +142,7 @@ class GradientAggregator(Optimizer):
         session = Session(parameters, names, index, check=self._check, intercept=intercept)
         self._session, self._inside = session, True
         try:
-            with session.interception or nullcontext():
+            with profiling.FORWARD, session.interception or nullcontext():
                 yield
         except BaseException:
             self._session = None
@@ -218,7 +219,8 @@ class GradientAggregator(Optimizer):
         assert isinstance(self.rule, ConstantRule)
         weights = self.rule.weights(session.batch_strata(losses, self.counts))
         factors = losses.values.new_tensor(weights)
-        torch.autograd.backward(losses.values, factors)
+        with profiling.BACKWARD:
+            torch.autograd.backward(losses.values, factors)
         return AggregationReport(
             mode="reweighted",
             counts=losses.counts,
@@ -228,16 +230,20 @@ class GradientAggregator(Optimizer):
         )
 
     def _backward_one_pass(self, session: Session, losses: StratumLosses) -> AggregationReport:
-        gradients = session.stratum_gradients(losses, self._num_steps)
+        with profiling.BACKWARD:
+            gradients = session.stratum_gradients(losses, self._num_steps)
         touched = [(p, g) for p, g in zip(session.parameters, gradients, strict=True) if g]
         if not touched:
             raise AggregationError(
                 "backward: no parameter of the optimizer met a row of the batch inside stratify"
             )
-        grams = stratum_gram([g.values for _, g in touched])
-        weights = self._weights(grams, session, losses)
-        for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True):
-            _accumulate(p, g, w)
+        with profiling.GRAM:
+            grams: Tensor = stratum_gram([g.values for _, g in touched])
+        with profiling.RULE:
+            weights = self._weights(grams, session, losses)
+        with profiling.COMBINE:
+            for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True):
+                _accumulate(p, g, w)
         leak: LeakState = "unchecked"
         if self._check.mode != "never":
             armed = any(step is None for _, step in self._check.coverage())
@@ -284,7 +290,8 @@ class GradientAggregator(Optimizer):
             )
         if not self._fresh:
             self._note_plain_step()
-        self.inner.step()
+        with profiling.STEP:
+            self.inner.step()
         self._fresh = False
         self._num_steps += 1
 

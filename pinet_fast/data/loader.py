@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from pinet_fast import profiling
 from pinet_fast.data import _njit
 from pinet_fast.data._assemble import check_max_len, check_strata, offsets_of, ragged_batch
 from pinet_fast.errors import ConfigError
@@ -89,7 +90,9 @@ class RaggedLoader:
         """Yield the batches from the current position to the end of the epoch."""
         for users in self.sampler:
             # Until the next batch is asked for, the sampler is still in the epoch of this one.
-            yield self._batch(users, self.sampler.epoch)
+            with profiling.GATHER:
+                batch = self._batch(users, self.sampler.epoch)
+            yield batch
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the current epoch keeps its position."""

@@ -264,13 +264,20 @@ class Recipe:
             self.observer.step_done(loss)
             if stage.step % self.config.log_every == 1 % self.config.log_every:
                 log.write(step_record(stage, loss))
-            if stop.requested:
+            # After the last batch the epoch's evaluation comes first: a checkpoint always lies
+            # either inside an epoch or behind its evaluation.
+            if stop.requested and stage.loader.state_dict()["step"] > 0:
                 self.save(log.size())
-                raise TrainingInterrupted(
-                    f"stopped after step {stage.step} of the {stage.name}; continue with: "
-                    f"pinet-fast train --out {self.folder.path} --resume"
-                )
+                raise self._interrupted(stage)
         self._end_epoch(stage, log)
+        if stop.requested:
+            raise self._interrupted(stage)
+
+    def _interrupted(self, stage: Stage) -> TrainingInterrupted:
+        return TrainingInterrupted(
+            f"stopped after step {stage.step} of the {stage.name}; continue with: "
+            f"pinet-fast train --out {self.folder.path} --resume"
+        )
 
     def _end_epoch(self, stage: Stage, log: RunLog) -> None:
         stage.epoch += 1

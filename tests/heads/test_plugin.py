@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support.batches import ragged_batch
 from torch import nn
 
 from pinet_fast.aggregation import RowGroups
 from pinet_fast.errors import ConfigError, StrataError
 from pinet_fast.heads import PluginHeads
 from pinet_fast.models import PINet, SASRec
-from support.batches import ragged_batch
 
 IDS = torch.tensor([2, 0, 0, 3, 2])
 

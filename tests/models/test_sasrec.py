@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.batches import ragged_batch
 from torch import Tensor
 
 from pinet_fast.errors import ConfigError
 from pinet_fast.models import SASRec
 from pinet_fast.models.ragged_attention import AttentionPlan, ragged_attention
-from support.batches import ragged_batch
 
 
 def plain_attention(qkv: Tensor, offsets: Tensor) -> Tensor:
