@@ -25,6 +25,11 @@ def nvtx_enabled() -> bool:
     return os.environ.get(NVTX, "0") not in ("", "0")
 
 
+def triton_interpreted() -> bool:
+    """Return whether Triton's own ``TRITON_INTERPRET`` runs its kernels in the interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
 def cache_dir() -> Path:
     """Return the folder of prepared stores, which need not exist yet."""
     if own := os.environ.get(CACHE):

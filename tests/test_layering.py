@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Lower may not import higher; equals may, where listed.
 TIERS = {
-    "errors": 0, "_env": 0,
+    "errors": 0, "_env": 0, "_atomic": 0,
     "profiling": 1,
     "kernels": 2,
     "aggregation": 3, "rules": 4, "data": 3, "heads": 3, "models": 3,
@@ -111,3 +111,13 @@ def test_imports_stay_light(statement: str) -> None:
     ]  # fmt: skip
     assert "pinet_fast" in loaded[1]
     assert (loaded[1] - loaded[0]) & HEAVY[statement] == set()
+
+
+def test_one_file_reads_the_environment() -> None:
+    readers = {
+        path.relative_to(REPOSITORY).as_posix()
+        for path, _ in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+    }
+    assert readers == {"pinet_fast/_env.py"}

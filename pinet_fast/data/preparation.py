@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pinet_fast import _env
+from pinet_fast._atomic import replacing
 from pinet_fast.data import store as layout
-from pinet_fast.data._atomic import replacing
 from pinet_fast.data.logs import EventLog, Order, checked_log_path, read_log
 from pinet_fast.data.store import SequenceStore
 from pinet_fast.errors import DataError, StoreError

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from pinet_fast.data._atomic import replacing
+from pinet_fast._atomic import replacing
 from pinet_fast.data.logs import SIMULATED_KEY
 from pinet_fast.errors import ConfigError, DataError
 

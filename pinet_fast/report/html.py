@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from pinet_fast._atomic import replacing
 from pinet_fast.errors import ConfigError
 from pinet_fast.report.bootstrap import paired_differences
 from pinet_fast.report.schema import METRICS, Interval
@@ -52,13 +51,9 @@ def write_report(run: RunFiles, path: Path) -> Path:
         ConfigError: The file cannot be written.
     """
     page = render(run).encode()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        try:
-            temporary.write_bytes(page)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(page)
     except OSError as error:
         raise ConfigError(
             f"report {path}: cannot write there ({error.strerror}); choose a file in a folder that "

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from pinet_fast._atomic import replacing
 from pinet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,18 +76,18 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.json."""
-        _write(self.config, _json(config.to_dict()))
+        replace_file(self.config, _json(config.to_dict()))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json and metrics.csv."""
-        _write(self.metrics_csv, _csv(metrics))
-        _write(self.metrics, _json(metrics))
+        replace_file(self.metrics_csv, _csv(metrics))
+        replace_file(self.metrics, _json(metrics))
 
     def write_ranks(self, **arrays: np.ndarray[Any, Any]) -> None:
         """Write test_ranks.npz: the rank of every user's target."""
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-        _write(self.ranks, buffer.getvalue())
+        replace_file(self.ranks, buffer.getvalue())
 
 
 class RunLog:
@@ -126,28 +126,9 @@ class RunLog:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file atomically: readers see the old content or the new, never a part."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())  # temporary files are private; results need not be
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_write = replace_file
+    """Write a file whole or not at all."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def _json(value: dict[str, Any]) -> bytes:

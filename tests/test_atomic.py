@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from pinet_fast.data._atomic import replacing
+from pinet_fast._atomic import replacing
 
 
 def test_file_appears_whole_at_the_end(tmp_path):

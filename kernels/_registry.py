@@ -1,0 +1,131 @@
+"""Which backend serves an op: explicit argument, then environment, then priority."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pinet_fast import _env
+from pinet_fast.errors import BackendUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+logger = logging.getLogger("pinet_fast.kernels")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    Args:
+        name: ``reference``, ``cpp`` or ``triton``; the same names for every op.
+        priority: Higher is tried first.
+        probe: Returns None if this machine has what the backend needs, else the reason why not.
+            Called at the first use of the op, never at import.
+        is_supported: Called with the op's inputs; returns None if it can serve them, else why not.
+        impl: The kernel; its arguments are the op's affair.
+    """
+
+    name: str
+    priority: int
+    probe: Callable[[], str | None]
+    is_supported: Callable[..., str | None]
+    impl: Callable[..., Any]
+
+    def refusal(self, inputs: Sequence[Any]) -> str | None:
+        """Return why this backend cannot serve these inputs on this machine, or None."""
+        return self.probe() or self.is_supported(*inputs)
+
+
+_ops: dict[str, tuple[Backend, ...]] = {}
+_calls: Counter[tuple[str, str]] = Counter()
+_logged: set[tuple[str, str]] = set()
+
+
+def register(op: str, backends: Sequence[Backend]) -> None:
+    """Make the backends of an op known; called once per op, when its module is imported."""
+    _ops[op] = tuple(sorted(backends, key=lambda backend: -backend.priority))
+
+
+def backends(op: str) -> tuple[Backend, ...]:
+    """Return the backends of an op, highest priority first."""
+    return _ops[op]
+
+
+def ops() -> tuple[str, ...]:
+    """Return the names of all registered ops."""
+    return tuple(_ops)
+
+
+def select(op: str, inputs: Sequence[Any], explicit: str | None = None) -> Backend:
+    """Return the backend that serves these inputs.
+
+    Args:
+        op: Name of a registered op.
+        inputs: What the backends' ``is_supported`` takes.
+        explicit: Name of the only backend that may serve; None leaves it to
+            ``PINET_FAST_BACKEND``, and without that to priority.
+
+    Raises:
+        BackendUnavailableError: The backend asked for, or every backend, cannot serve.
+    """
+    forced = explicit or _env.forced_backend()
+    candidates = [b for b in _ops[op] if forced is None or b.name == forced]
+    passed_over: list[str] = []
+    for backend in candidates:
+        reason = backend.refusal(inputs)
+        if reason is None:
+            if passed_over:
+                _log_fallback(op, backend.name, passed_over)
+            return backend
+        passed_over.append(f"{backend.name} ({reason})")
+    asked = f"backend {forced!r} cannot serve" if forced else "no backend can serve"
+    where = "the argument backend=" if explicit else f"the environment variable {_env.BACKEND}"
+    fix = f"drop {where} to let the library choose" if forced else "see the reasons below"
+    raise BackendUnavailableError(f"{op}: {asked} these inputs; {fix}.\n{explain(op, inputs)}")
+
+
+def explain(op: str, inputs: Sequence[Any]) -> str:
+    """Return one line per backend of an op: whether it can serve these inputs, and why not."""
+    lines = []
+    for backend in _ops[op]:
+        reason = backend.refusal(inputs)
+        lines.append(f"  {backend.name}: {'can serve' if reason is None else reason}")
+    return "\n".join(lines)
+
+
+def record_call(op: str, backend: str) -> None:
+    """Count one call; the op's kernel does this after it ran."""
+    _calls[op, backend] += 1
+
+
+def num_calls(op: str, backend: str) -> int:
+    """Return how often a backend has run an op in this process."""
+    return _calls[op, backend]
+
+
+def backend_status() -> dict[str, str | None]:
+    """Return every backend, best first, with None if it works here, else the reason why not."""
+    status: dict[str, str | None] = {}
+    for op in sorted(_ops):
+        for backend in _ops[op]:
+            status[backend.name] = status.get(backend.name) or backend.probe()
+    return status
+
+
+def describe_status() -> str:
+    """Return one line for people: which backends serve on this machine, and why others do not."""
+    status = backend_status()
+    serving = [name for name, reason in status.items() if reason is None]
+    off = "; ".join(f"{name}: {reason}" for name, reason in status.items() if reason is not None)
+    head = ", ".join(serving) if len(serving) > 1 else f"{', '.join(serving)} serves"
+    return f"kernels: {head} ({off})" if off else f"kernels: {head}"
+
+
+def _log_fallback(op: str, chosen: str, passed_over: list[str]) -> None:
+    if (op, chosen) not in _logged:
+        _logged.add((op, chosen))
+        logger.info("%s: %s serves; passed over: %s", op, chosen, ", ".join(passed_over))

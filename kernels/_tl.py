@@ -1,0 +1,38 @@
+"""What every Triton backend needs to know without importing Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from pinet_fast import _env
+
+
+def is_interpreted() -> bool:
+    """Return whether Triton kernels run in its interpreter, on tensors of the CPU."""
+    return _env.triton_interpreted()
+
+
+@functools.cache
+def triton_probe() -> str | None:
+    """Return None if Triton kernels can run in this process, else the reason why not."""
+    if is_interpreted():
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "the CUDA device is older than sm_80"
+    return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def device_refusal(device: torch.device) -> str | None:
+    """Return None if Triton kernels can read tensors of this device, else the reason why not."""
+    expected = "cpu" if is_interpreted() else "cuda"
+    return None if device.type == expected else f"the tensors are on {device.type}, not {expected}"
+
+
+def padded(size: int) -> int:
+    """Return the smallest power of two that is at least ``size``, as Triton shapes must be."""
+    return 1 << max(size - 1, 0).bit_length()

@@ -1,0 +1,11 @@
+// Schemas of all compiled ops, namespace `pinet_cpp`. Each op's own source registers its kernel.
+//
+// These are the raw kernels behind `torch.ops.pinet.*`: they write into tensors that the caller
+// allocated, and check only what would otherwise be undefined behaviour. Validation, fake kernels
+// and the public functions are in Python (`kernels/<op>/op.py`).
+
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(pinet_cpp, m) {
+  m.def("stratum_gram(Tensor[] grads, Tensor(a!) out) -> ()");
+}

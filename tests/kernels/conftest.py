@@ -1,0 +1,63 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def root():
+    """Return the root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def bare_checkout(tmp_path_factory):
+    """Return a copy of the Python sources alone, as an archive of the repository gives them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("pinet_fast", "kernels"):
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_isolated():
+    """Return a function that runs code with a folder and the installed packages on the path.
+
+    ``-S`` leaves out the hooks of editable installs, so that only ``folder`` gives pinet_fast.
+    """
+
+    def run(folder, code, **env):
+        paths = [str(folder), sysconfig.get_path("purelib")]
+        code = f"import sys; sys.path[:0] = {paths!r}\n{code}"
+        return run_python(["-S", "-c", code], folder, env)
+
+    return run
+
+
+def run_python(arguments, folder, env):
+    """Run this interpreter; return what it printed, fail with its errors."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PINET_", "TRITON_"))}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout

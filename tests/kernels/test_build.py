@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+def test_bare_checkout_runs_on_the_reference_backend(bare_checkout, run_isolated):
+    code = (
+        "import torch, pinet_fast.kernels as k\n"
+        "print(k.__file__)\n"
+        "print(k.stratum_gram([torch.tensor([[1., 2.], [3., 4.]])]).tolist())\n"
+        "print(k.describe_status())"
+    )
+    where, value, status = run_isolated(bare_checkout, code).splitlines()
+    assert Path(where).parent == bare_checkout / "kernels"
+    assert value == "[[[5.0, 11.0], [11.0, 25.0]]]"
+    assert status.startswith("kernels: reference serves (cpp: no compiled library; install a C++")
+
+
+def test_status_command_prints_one_line(bare_checkout, run_isolated):
+    code = "import runpy; runpy.run_module('pinet_fast.kernels', run_name='__main__')"
+    (line,) = run_isolated(bare_checkout, code).splitlines()
+    assert line.startswith("kernels: ")
+
+
+@pytest.fixture
+def sources(root, tmp_path):
+    """Return a copy of everything that a wheel is built from."""
+    folder = tmp_path / "sources"
+    skip = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("pinet_fast", "kernels"):
+        shutil.copytree(root / name, folder / name, ignore=skip)
+    for name in ("pyproject.toml", "CMakeLists.txt", "LICENSE"):
+        shutil.copy(root / name, folder)
+    (folder / "README.md").write_text("# pinet_fast\n")
+    return folder
+
+
+def build_wheel(folder, env):
+    flags = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-v"]
+    shutil.rmtree(folder / "wheels", ignore_errors=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *flags, ".", "-w", "wheels"],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (wheel,) = (folder / "wheels").glob("*.whl")
+    return zipfile.ZipFile(wheel), done.stdout + done.stderr
+
+
+def build_tools():
+    for module in ("scikit_build_core", "cmake", "ninja"):
+        pytest.importorskip(module, reason=f"a wheel cannot be built without {module}")
+
+
+def has_compiler():
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler_holds_the_kernels_and_no_library(sources, tmp_path):
+    build_tools()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("cmake", "ninja"):
+        (tools / tool).symlink_to(Path(sys.executable).with_name(tool))
+    # CMake looks into /usr/bin whatever the path says; a CXX that is not there stops it.
+    env = dict(os.environ) | {"PATH": str(tools), "CXX": str(tools / "c++"), "CC": "no-cc"}
+    wheel, log = build_wheel(sources, env)
+    names = wheel.namelist()
+    assert "no C++ compiler was found" in log
+    assert "pinet_fast/kernels/stratum_gram/op.py" in names
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
+    if has_compiler():  # installed later, and the build folder still there
+        wheel, _ = build_wheel(sources, dict(os.environ))
+        assert "pinet_fast/_C.so" in wheel.namelist()
+
+
+@pytest.mark.slow
+@pytest.mark.cpp
+def test_installed_wheel_serves_with_the_library(sources, tmp_path, run_isolated):
+    build_tools()
+    if not has_compiler():
+        pytest.skip("no C++ compiler")
+    wheel, _ = build_wheel(sources, dict(os.environ))
+    assert "pinet_fast/_C.so" in wheel.namelist()
+    site = tmp_path / "site"
+    wheel.extractall(site)
+    code = (
+        "import torch, pinet_fast.kernels as k\n"
+        "print(k.__file__)\n"
+        "print(k.stratum_gram([torch.tensor([[1., 2.], [3., 4.]])], backend='cpp').tolist())"
+    )
+    where, value = run_isolated(site, code).splitlines()
+    assert Path(where).parent == site / "pinet_fast" / "kernels"
+    assert value == "[[[5.0, 11.0], [11.0, 25.0]]]"
