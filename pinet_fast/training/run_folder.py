@@ -9,7 +9,6 @@ import json
 import math
 import shutil
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,6 +18,7 @@ from pinet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
     from types import TracebackType
 
     from pinet_fast.training.config import RunConfig
