@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -181,19 +180,16 @@ def test_unwritable_run_folder(
 def test_ctrl_c_and_resume(log: Path, tmp_path: Path) -> None:
     """In a process of its own, as a person does it."""
     out = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "pinet_fast.cli.main", "train", "--data", str(log), "--out", str(out),
-        *QUICK, "--epochs", "400", "--patience", "0", "--eval-every", "400",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    options = [*QUICK, "--epochs", "150", "--patience", "0", "--log-every", "1"]
+    command = [sys.executable, "-m", "pinet_fast.cli.main", "train", "--data", log, "--out", out]
+    process = subprocess.Popen(
+        [str(part) for part in [*command, *options]], stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").stat().st_size:
+    while not (out / "log.jsonl").exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
-        if (out / "checkpoint.pt").exists() and (out / "log.jsonl").exists():
-            break
-        time.sleep(0.05)
-    time.sleep(0.5)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -202,9 +198,6 @@ def test_ctrl_c_and_resume(log: Path, tmp_path: Path) -> None:
     assert message.startswith("interrupted: stopped after step")
     assert f"--out {out} --resume" in message
     assert not (out / "metrics.json").exists()
-    # A resumed run keeps its options, so shorten this one where they are kept.
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "epochs": 1, "eval_every": 1}))
     assert run("train", "--out", out, "--resume", "--quiet") == 0
     assert (out / "metrics.json").exists()
     assert (out / "report.html").exists()
