@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from pinet_fast.aggregation.rows import row_tensor
 
 if TYPE_CHECKING:
+    from pinet_fast.aggregation.layout import RowLayout
     from pinet_fast.aggregation.strata_index import RowGroups
 
 # torch.autograd.Function is untyped: its contexts and apply are Any throughout this file.
@@ -53,9 +54,11 @@ class StratifiedLinear(torch.autograd.Function):
         weight_leaf: Tensor | None,
         bias_leaf: Tensor | None,
         groups: RowGroups,
+        layout: RowLayout,
     ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.groups = groups
+        ctx.layout = layout  # read by provenance.trace
         return F.linear(rows, weight, bias)
 
     @staticmethod
@@ -72,16 +75,24 @@ class StratifiedLinear(torch.autograd.Function):
             stratum_weight_gradients(flat_grad, flat_rows, ctx.groups) if needs[3] else None
         )
         bias_strata = stratum_sums(flat_grad, ctx.groups) if needs[4] else None
-        return grad_rows, grad_weight, grad_bias, weight_strata, bias_strata, None
+        return grad_rows, grad_weight, grad_bias, weight_strata, bias_strata, None, None
 
 
 class StratifiedMatmul(torch.autograd.Function):
     """``y = x W`` with stratum gradients of W; x [*, D_in], W [D_in, D_out], often ``E.T``."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, leaf: Tensor, groups: RowGroups) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        leaf: Tensor,
+        groups: RowGroups,
+        layout: RowLayout,
+    ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.groups = groups
+        ctx.layout = layout  # read by provenance.trace
         return torch.matmul(rows, weight)
 
     @staticmethod
@@ -91,7 +102,7 @@ class StratifiedMatmul(torch.autograd.Function):
         grad_rows = grad.matmul(weight.t()) if ctx.needs_input_grad[0] else None
         # Computed as the gradient of W^T, the layout of the item table behind `h @ E.T`.
         strata = stratum_weight_gradients(row_tensor(grad, 1), row_tensor(rows, 1), ctx.groups)
-        return grad_rows, None, strata.transpose(1, 2), None
+        return grad_rows, None, strata.transpose(1, 2), None, None
 
 
 class StratifiedEmbedding(torch.autograd.Function):
@@ -108,10 +119,12 @@ class StratifiedEmbedding(torch.autograd.Function):
         leaf: Tensor,
         padding_idx: int,
         row_strata: Tensor,
+        layout: RowLayout,
     ) -> Tensor:
         ctx.save_for_backward(ids, row_strata)
         ctx.shape = leaf.shape
         ctx.padding_idx = padding_idx
+        ctx.layout = layout
         return F.embedding(ids, table)
 
     @staticmethod
@@ -125,7 +138,7 @@ class StratifiedEmbedding(torch.autograd.Function):
         strata = torch.sparse_coo_tensor(
             torch.stack([row_strata, flat_ids.long()]), values, ctx.shape, check_invariants=False
         )
-        return None, None, strata, None, None
+        return None, None, strata, None, None, None
 
 
 class StratifiedLayerNorm(torch.autograd.Function):
@@ -142,11 +155,13 @@ class StratifiedLayerNorm(torch.autograd.Function):
         bias_leaf: Tensor | None,
         eps: float,
         groups: RowGroups,
+        layout: RowLayout,
     ) -> Tensor:
         out, mean, rstd = torch.native_layer_norm(rows, normalized_shape, weight, bias, eps)
         ctx.save_for_backward(rows, mean, rstd, weight, bias)
         ctx.normalized_shape = normalized_shape
         ctx.groups = groups
+        ctx.layout = layout  # read by provenance.trace
         return out
 
     @staticmethod
@@ -168,9 +183,8 @@ class StratifiedLayerNorm(torch.autograd.Function):
             weight_strata = stratum_sums(flat_grad * normalised, ctx.groups)
         if needs[5]:
             bias_strata = stratum_sums(flat_grad, ctx.groups)
-        return (
-            grad_rows, None, grad_weight, grad_bias, weight_strata, bias_strata, None, None
-        )  # fmt: skip
+        parts = (grad_rows, None, grad_weight, grad_bias, weight_strata, bias_strata)
+        return *parts, None, None, None
 
 
 class StratifiedBroadcast(torch.autograd.Function):
@@ -186,14 +200,14 @@ class StratifiedBroadcast(torch.autograd.Function):
         parameter: Tensor,
         leaf: Tensor,
         multiply: bool,
-        row_dim: int,
         groups: RowGroups,
+        layout: RowLayout,
     ) -> Tensor:
         ctx.save_for_backward(*((rows, parameter) if multiply else ()))
         ctx.multiply = multiply
         ctx.shapes = rows.shape, parameter.shape
-        ctx.row_dim = row_dim
         ctx.groups = groups
+        ctx.layout = layout  # read by provenance.trace
         return rows * parameter if multiply else rows + parameter
 
     @staticmethod
@@ -204,8 +218,8 @@ class StratifiedBroadcast(torch.autograd.Function):
             rows, parameter = ctx.saved_tensors
             grad_rows, product = grad * parameter, grad * rows
         rows_shape, shape = ctx.shapes
-        parts = ctx.groups.split(product.movedim(ctx.row_dim, 0))
-        sums = torch.stack([_sum_to(part.movedim(0, ctx.row_dim), shape) for part in parts])
+        parts = ctx.groups.split(product.movedim(ctx.layout.dim, 0))
+        sums = torch.stack([_sum_to(part.movedim(0, ctx.layout.dim), shape) for part in parts])
         for_rows = _sum_to(grad_rows, rows_shape) if ctx.needs_input_grad[0] else None
         return for_rows, None, sums, None, None, None
 

@@ -30,7 +30,7 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     if mode.root_of(rows) is not None:
         raise BoundaryError("linear: the input is a parameter and the weight holds rows")
     shape = tuple(rows.shape[:-1])
-    layout = mode.rows.find(shape)
+    layout = mode.rows.find(shape, rows)
     if layout is None:
         return mode.derive(func, args, kwargs)
     return StratifiedLinear.apply(  # type: ignore[no-untyped-call]
@@ -40,6 +40,7 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
         mode.dense_leaf(weight_root, "linear", layout),
         mode.dense_leaf(bias_root, "linear", layout),
         mode.rows.groups_of(layout, shape),
+        layout,
     )
 
 
@@ -53,12 +54,12 @@ def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
             "`rows @ weight.T`"
         )
     shape = tuple(rows.shape[:-1])
-    layout = mode.rows.find(shape)
+    layout = mode.rows.find(shape, rows)
     if layout is None:
         return mode.derive(func, args, kwargs)
     leaf = mode.dense_leaf(root, "matmul", layout)
     groups = mode.rows.groups_of(layout, shape)
-    return StratifiedMatmul.apply(rows, weight.detach(), leaf, groups)  # type: ignore[no-untyped-call]
+    return StratifiedMatmul.apply(rows, weight.detach(), leaf, groups, layout)  # type: ignore[no-untyped-call]
 
 
 def _embedding(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
@@ -76,13 +77,13 @@ def _embedding(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
             "embedding: max_norm and scale_grad_by_freq change the table or its gradient by "
             "counting over the whole batch, so strata cannot be told apart; leave them off"
         )
-    layout = mode.rows.find(tuple(ids.shape))
+    layout = mode.rows.find(tuple(ids.shape), ids)
     if layout is None:
         return mode.derive(func, args, kwargs)
     padding = -1 if padding_idx is None else padding_idx % table.shape[0]
     leaf = mode.lookup_leaf(root, "embedding", layout)
     groups = mode.rows.groups_of(layout, tuple(ids.shape))
-    return StratifiedEmbedding.apply(ids, table.detach(), leaf, padding, groups.ids)  # type: ignore[no-untyped-call]
+    return StratifiedEmbedding.apply(ids, table.detach(), leaf, padding, groups.ids, layout)  # type: ignore[no-untyped-call]
 
 
 def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
@@ -93,7 +94,7 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
         raise BoundaryError("layer_norm: the input is a parameter and the scale holds rows")
     normalized = [int(size) for size in normalized_shape]
     shape = tuple(rows.shape[: rows.dim() - len(normalized)])
-    layout = mode.rows.find(shape)
+    layout = mode.rows.find(shape, rows)
     if layout is None:
         return mode.derive(func, args, kwargs)
     weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
@@ -106,6 +107,7 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
         mode.dense_leaf(bias_root, "layer_norm", layout),
         eps,
         mode.rows.groups_of(layout, shape),
+        layout,
     )
 
 
@@ -129,14 +131,13 @@ def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
         size if dim < extra or parameter.shape[dim - extra] == 1 else -1
         for dim, size in enumerate(out_shape)
     )
-    layout = mode.rows.find(sizes)
+    layout = mode.rows.find(sizes, rows if rows.shape == out_shape else None)
     if layout is None:
         return mode.derive(func, args, kwargs)
-    multiply = op in ("mul", "multiply")
     leaf = mode.dense_leaf(root, op, layout)
-    return StratifiedBroadcast.apply(  # type: ignore[no-untyped-call]
-        rows, parameter.detach(), leaf, multiply, layout.dim, layout.groups
-    )
+    groups = mode.rows.groups_along(layout)
+    multiply = op in ("mul", "multiply")
+    return StratifiedBroadcast.apply(rows, parameter.detach(), leaf, multiply, groups, layout)  # type: ignore[no-untyped-call]
 
 
 def _detached(value: Tensor | None, root: object | None) -> Tensor | None:

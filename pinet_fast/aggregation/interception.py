@@ -19,7 +19,8 @@ from pinet_fast.aggregation.leaves import Root, VirtualLeaves
 from pinet_fast.errors import BoundaryError, PinetError
 
 if TYPE_CHECKING:
-    from pinet_fast.aggregation.rows import BatchRows, RowLayout
+    from pinet_fast.aggregation.layout import RowLayout
+    from pinet_fast.aggregation.rows import BatchRows
 
 BoundaryRule = Callable[["Interception", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 

@@ -1,34 +1,23 @@
 """Row layouts: which dimension of a tensor holds the rows of the batch, and their groups.
 
-A dimension holds rows when its size is that of the batch: T events (where lengths are given), B
-users, or, for the first dimension only, a multiple of T or B (a flattening such as [B * L, d]).
-Where two dimensions qualify the layout is undecided and refused; what is decided here is then
-proven by the leak check, which sees any wrong guess as gradient in another stratum's slice.
+A dimension holds rows when its size is that of the batch: T events (where lengths are given) or B
+users. Where two dimensions qualify, or a dimension is a multiple of these (a flattening such as
+[B * L, d] or [L * B, d]), the tensor's graph is asked; where that does not tell, two candidates are
+refused and a flattening is taken as B-major. What is decided here is then proven by the leak check,
+which sees any wrong guess as gradient in another stratum's slice.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
 
 import torch
 from torch import Tensor
 
+from pinet_fast.aggregation.layout import RowLayout
+from pinet_fast.aggregation.provenance import trace
 from pinet_fast.aggregation.strata_index import RowGroups, StrataIndex
 from pinet_fast.errors import RowLayoutError
-
-
-class RowLayout(NamedTuple):
-    """Where the rows of a tensor are.
-
-    Attributes:
-        dim: The dimension that holds rows.
-        kind: ``events``, ``users`` or their multiple, as shown in messages.
-        groups: The rows along ``dim`` grouped by stratum.
-    """
-
-    dim: int
-    kind: str
-    groups: RowGroups
 
 
 class BatchRows:
@@ -43,23 +32,33 @@ class BatchRows:
         self._sizes: dict[int, tuple[str, RowGroups]] = {strata.num_users: ("users", strata.users)}
         if strata.events is not None and strata.num_events:
             self._sizes[strata.events.num_rows] = ("events", strata.events)
-        self._flattened: dict[int, tuple[str, RowGroups] | None] = {}
         self._repeated: dict[tuple[int, int, int], RowGroups] = {}
 
-    def find(self, shape: tuple[int, ...]) -> RowLayout | None:
+    def find(self, shape: tuple[int, ...], tensor: Tensor | None = None) -> RowLayout | None:
         """Return the layout of a tensor whose candidate dimensions have the sizes ``shape``.
 
+        One dimension of the batch's size decides it. Where several qualify, or only a multiple of
+        that size, the tensor's autograd graph is asked where its rows came from; a flattening that
+        the graph does not explain is taken as B-major.
+
         Args:
-            shape: Sizes of the dimensions that can hold rows (feature dimensions left out).
+            shape: Sizes of the dimensions that can hold rows; -1 for dimensions that cannot.
+            tensor: The tensor; None where it has no graph worth asking.
 
         Returns:
             The layout, or None where no dimension has a size of the batch.
 
         Raises:
-            RowLayoutError: Two dimensions qualify.
+            RowLayoutError: Two dimensions qualify and the graph does not tell.
         """
         matches = [dim for dim, size in enumerate(shape) if size in self._sizes]
-        if len(matches) > 1:
+        if len(matches) == 1:
+            kind, groups = self._sizes[shape[matches[0]]]
+            return RowLayout(matches[0], kind, groups)
+        traced = None if tensor is None else trace(tensor)
+        if traced is not None and traced.dim < len(shape) and shape[traced.dim] >= 0:
+            return traced
+        if matches:
             sizes = [shape[dim] for dim in matches]
             raise RowLayoutError(
                 f"row layout: dimensions {matches} of {list(shape)} (sizes {sizes}) may both hold "
@@ -67,11 +66,7 @@ class BatchRows:
                 "pass a ragged batch with stratify(strata, lengths=...), or a batch whose size "
                 "differs from the sequence length"
             )
-        if matches:
-            kind, groups = self._sizes[shape[matches[0]]]
-            return RowLayout(matches[0], kind, groups)
-        flattened = self._flattening(shape[0]) if shape and shape[0] > 0 else None
-        return None if flattened is None else RowLayout(0, *flattened)
+        return self._flattening(shape[0]) if shape and shape[0] > 0 else None
 
     def groups_of(self, layout: RowLayout, shape: tuple[int, ...]) -> RowGroups:
         """Return the groups of all ``prod(shape)`` rows of a tensor flattened to [N, ...].
@@ -80,16 +75,20 @@ class BatchRows:
             layout: The layout found for ``shape``.
             shape: Sizes of all row-like dimensions, the row dimension among them.
         """
-        inner = outer = 1
-        for size in shape[layout.dim + 1 :]:
-            inner *= size
-        for size in shape[: layout.dim]:
-            outer *= size
+        inner = layout.inner * math.prod(shape[layout.dim + 1 :])
+        outer = layout.outer * math.prod(shape[: layout.dim])
+        return self._expanded(layout.groups, outer, inner)
+
+    def groups_along(self, layout: RowLayout) -> RowGroups:
+        """Return the groups of the positions along the layout's dimension alone."""
+        return self._expanded(layout.groups, layout.outer, layout.inner)
+
+    def _expanded(self, base: RowGroups, outer: int, inner: int) -> RowGroups:
         # Keyed by the group's identity: this object keeps every group alive.
-        key = (id(layout.groups), outer, inner)
+        key = (id(base), outer, inner)
         groups = self._repeated.get(key)
         if groups is None:
-            groups = layout.groups.repeated(inner)
+            groups = base.repeated(inner)
             if outer != 1:
                 groups = RowGroups.from_ids(groups.ids.repeat(outer), groups.num_strata)
             self._repeated[key] = groups
@@ -105,24 +104,20 @@ class BatchRows:
         """Return the sizes that identify rows, for messages."""
         return ", ".join(f"{kind}={size}" for size, (kind, _) in self._sizes.items())
 
-    def _flattening(self, size: int) -> tuple[str, RowGroups] | None:
-        if size not in self._flattened:
-            self._flattened[size] = self._find_flattening(size)
-        return self._flattened[size]
-
-    def _find_flattening(self, size: int) -> tuple[str, RowGroups] | None:
+    def _flattening(self, size: int) -> RowLayout | None:
         found = [
-            (f"{kind} x {size // unit}", groups.repeated(size // unit))
+            RowLayout(0, kind, groups, inner=size // unit)
             for unit, (kind, groups) in self._sizes.items()
-            if unit and size and size % unit == 0
+            if unit and size % unit == 0
         ]
         if len(found) < 2:
             return found[0] if found else None
-        if torch.equal(found[0][1].ids, found[1][1].ids):
+        if torch.equal(*(self.groups_along(layout).ids for layout in found)):
             return found[0]
+        names = " or ".join(f"{layout.inner} for each of the {layout.kind}" for layout in found)
         raise RowLayoutError(
-            f"row layout: {size} rows may be {found[0][0]} or {found[1][0]} "
-            f"({self.describe()}); keep the batch dimension apart instead of flattening it"
+            f"row layout: {size} rows may be {names} ({self.describe()}); keep the batch "
+            "dimension apart instead of flattening it"
         )
 
 

@@ -1,0 +1,216 @@
+"""Row provenance: where the rows of a tensor are, read off its autograd graph.
+
+Every boundary op notes in its node which dimension of its output holds the rows. From a later
+tensor the graph leads back to such a node through views, transposes and elementwise functions,
+whose nodes say what they did. It is walked only where sizes alone do not decide, so that ordinary
+calls pay nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pinet_fast.aggregation.layout import RowLayout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+_MAX_NODES = 200
+
+Shape = tuple[int, ...]
+Step = Callable[[RowLayout], "RowLayout | None"]
+
+
+@dataclass
+class _Node:
+    """One step back: the shape of the input it came from and how a layout moves forward."""
+
+    shape: Shape
+    step: Step
+    parents: Sequence[Any]
+
+
+def trace(tensor: Tensor) -> RowLayout | None:
+    """Return the row layout of ``tensor`` as its graph tells, or None where it does not."""
+    found = _walk(tensor.grad_fn, tuple(tensor.shape), budget=[_MAX_NODES])
+    if found is None or not _fits(found, tuple(tensor.shape)):
+        return None
+    return found
+
+
+def _walk(node: Any, shape: Shape, budget: list[int]) -> RowLayout | None:
+    if node is None or budget[0] == 0:
+        return None
+    budget[0] -= 1
+    layout = getattr(node, "layout", None)
+    if layout is not None:
+        return layout if _fits(layout, shape) else None
+    reader = _READERS.get(type(node).__name__)
+    back = reader(node, shape) if reader is not None else None
+    if back is None:
+        return None
+    for parent in back.parents:
+        found = _walk(parent, back.shape, budget)
+        if found is not None:
+            return back.step(found)
+    return None
+
+
+def _fits(layout: RowLayout, shape: Shape) -> bool:
+    rows = layout.outer * layout.groups.num_rows * layout.inner
+    return layout.dim < len(shape) and shape[layout.dim] == rows
+
+
+def _parents(node: Any) -> list[Any]:
+    return [parent for parent, _ in node.next_functions if parent is not None]
+
+
+def _dim(saved: int, rank: int) -> int:
+    """Nodes save negative dimensions as unsigned 64-bit numbers."""
+    signed = saved - 2**64 if saved >= 2**63 else saved
+    return signed % rank
+
+
+def _same(node: Any, shape: Shape) -> _Node:
+    return _Node(shape, lambda layout: layout, _parents(node))
+
+
+def _view(node: Any, shape: Shape) -> _Node:
+    before = tuple(int(size) for size in node._saved_self_sym_sizes)
+    return _Node(before, lambda layout: _reshaped(layout, before, shape), _parents(node))
+
+
+def _reshaped(layout: RowLayout, before: Shape, after: Shape) -> RowLayout | None:
+    """Follow the row index through a reshape; None where it is torn across dimensions."""
+    stride = layout.inner * math.prod(before[layout.dim + 1 :])
+    extent = stride * layout.groups.num_rows
+    below = 1
+    for dim in range(len(after) - 1, -1, -1):
+        reach = below * after[dim]
+        if after[dim] > 1 and below <= stride and extent <= reach:
+            if stride % below or reach % extent:
+                return None
+            return layout._replace(dim=dim, outer=reach // extent, inner=stride // below)
+        below = reach
+    return None
+
+
+def _transpose(node: Any, shape: Shape) -> _Node:
+    rank = len(shape)
+    a, b = _dim(node._saved_dim0, rank), _dim(node._saved_dim1, rank)
+    return _swapped(node, shape, a, b)
+
+
+def _t(node: Any, shape: Shape) -> _Node:
+    return _swapped(node, shape, 0, 1) if len(shape) == 2 else _same(node, shape)
+
+
+def _swapped(node: Any, shape: Shape, a: int, b: int) -> _Node:
+    before = list(shape)
+    before[a], before[b] = before[b], before[a]
+    moved = {a: b, b: a}
+    return _Node(
+        tuple(before),
+        lambda layout: layout._replace(dim=moved.get(layout.dim, layout.dim)),
+        _parents(node),
+    )
+
+
+def _permute(node: Any, shape: Shape) -> _Node:
+    order = [_dim(int(d), len(shape)) for d in node._saved_dims]
+    before = [0] * len(shape)
+    for after, source in enumerate(order):
+        before[source] = shape[after]
+    return _Node(
+        tuple(before),
+        lambda layout: layout._replace(dim=order.index(layout.dim)),
+        _parents(node),
+    )
+
+
+def _unsqueeze(node: Any, shape: Shape) -> _Node:
+    new = _dim(node._saved_dim, len(shape))
+    return _Node(
+        shape[:new] + shape[new + 1 :],
+        lambda layout: layout._replace(dim=layout.dim + (layout.dim >= new)),
+        _parents(node),
+    )
+
+
+def _dropped(node: Any, before: Shape, gone: int) -> _Node:
+    """A dimension that disappears: selected, unbound or squeezed away."""
+
+    def step(layout: RowLayout) -> RowLayout | None:
+        if layout.dim == gone:
+            return None
+        return layout._replace(dim=layout.dim - (layout.dim > gone))
+
+    return _Node(before, step, _parents(node))
+
+
+def _select(node: Any, shape: Shape) -> _Node:
+    before = tuple(int(size) for size in node._saved_self_sym_sizes)
+    return _dropped(node, before, _dim(node._saved_dim, len(before)))
+
+
+def _squeeze(node: Any, shape: Shape) -> _Node:
+    before = tuple(int(size) for size in node._saved_self_sym_sizes)
+    gone = _dim(node._saved_dim, len(before))
+    return _dropped(node, before, gone) if before[gone] == 1 else _same(node, shape)
+
+
+def _part(node: Any, shape: Shape) -> _Node:
+    """A slice or split: fine unless it cuts the rows, which ``_fits`` finds out."""
+    before = tuple(int(size) for size in node._saved_self_sym_sizes)
+    return _Node(before, lambda layout: layout if _fits(layout, shape) else None, _parents(node))
+
+
+def _expand(node: Any, shape: Shape) -> _Node:
+    before = tuple(int(size) for size in node._saved_self_sym_sizes)
+    shift = len(shape) - len(before)
+    return _Node(before, lambda layout: layout._replace(dim=layout.dim + shift), _parents(node))
+
+
+def _batched_product(node: Any, shape: Shape) -> _Node | None:
+    """``bmm`` keeps its first dimension; rows elsewhere would be summed over or exchanged."""
+    before = (*shape[:2], -1)
+    return _Node(before, lambda layout: layout if layout.dim == 0 else None, _parents(node))
+
+
+def _attention(node: Any, shape: Shape) -> _Node:
+    """Queries and output have the same shape; rows must be the batch or head dimension."""
+    keep: Step = lambda layout: layout if layout.dim < len(shape) - 2 else None  # noqa: E731
+    return _Node(shape, keep, _parents(node)[:1])
+
+
+_ELEMENTWISE = (
+    "Abs", "Add", "Clone", "Copy", "Cos", "Cumsum", "Div", "Elu", "Exp", "Gelu", "Hardswish",
+    "LeakyRelu", "Log", "LogSigmoid", "LogSoftmax", "MaskedFill", "Mul", "NativeDropout", "Neg",
+    "Pow", "Relu", "Rsqrt", "Sigmoid", "Silu", "Sin", "Softmax", "Softplus", "Sqrt", "Sub",
+    "Tanh", "ToCopy", "Where", "Alias", "Threshold", "Hardtanh",
+)  # fmt: skip
+
+_READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
+    **{f"{name}Backward{i}": _same for name in _ELEMENTWISE for i in range(3)},
+    "ViewBackward0": _view,
+    "UnsafeViewBackward0": _view,
+    "ReshapeAliasBackward0": _view,
+    "TransposeBackward0": _transpose,
+    "TBackward0": _t,
+    "PermuteBackward0": _permute,
+    "UnsqueezeBackward0": _unsqueeze,
+    "SqueezeBackward1": _squeeze,
+    "SelectBackward0": _select,
+    "SliceBackward0": _part,
+    "SplitBackward0": _part,
+    "ExpandBackward0": _expand,
+    "BmmBackward0": _batched_product,
+    "ScaledDotProductFlashAttentionForCpuBackward0": _attention,
+    "ScaledDotProductFlashAttentionBackward0": _attention,
+    "ScaledDotProductEfficientAttentionBackward0": _attention,
+    "ScaledDotProductCudnnAttentionBackward0": _attention,
+}
