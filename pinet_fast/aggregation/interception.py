@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pinet_fast.aggregation.composites import OPENED, opened
 from pinet_fast.aggregation.leak_check import LeakCheck, Site, Use
 from pinet_fast.aggregation.leaves import Root, VirtualLeaves
-from pinet_fast.errors import BoundaryError, PinetError
+from pinet_fast.aggregation.slice_rule import SliceProof, slice_rule
+from pinet_fast.errors import PinetError
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
@@ -35,6 +37,7 @@ class Interception(TorchFunctionMode):
         leaves: Where stratum gradients will arrive.
         check: The leak check, asked which uses need proof.
         rules: Boundary rules by torch function.
+        slice_proofs: What earlier steps established for functions under the slice rule.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Interception(TorchFunctionMode):
         leaves: VirtualLeaves,
         check: LeakCheck,
         rules: dict[Any, BoundaryRule],
+        slice_proofs: dict[Any, SliceProof],
     ) -> None:
         super().__init__()
         self.names = names
         self.rows = rows
         self.leaves = leaves
         self.uses: list[Use] = []
+        self.slice_proofs = slice_proofs
         self._check = check
         self._rules = rules
         self._occurrences: dict[tuple[Any, ...], int] = {}
@@ -88,12 +93,14 @@ class Interception(TorchFunctionMode):
             except PinetError as error:
                 error.add_note(f"in {func_name(func)} with {self._describe(tensors)}")
                 raise
-        raise BoundaryError(
-            f"boundary: {func_name(func)} takes {self._describe(tensors)} together with rows of "
-            "the batch, and has no boundary rule; rewrite it with linear, matmul, embedding, "
-            'layer_norm or broadcasting + - *, or train with rule="joint" or "backdoor", which '
-            "need no stratum gradients"
-        )
+        if func in OPENED:
+            with self:
+                return opened(func)(*args, **kwargs)
+        try:
+            return slice_rule(self, func, args, kwargs)
+        except PinetError as error:
+            error.add_note(f"in {func_name(func)} with {self._describe(tensors)}")
+            raise
 
     def root_of(self, value: Any) -> Root | None:
         """Return the root that ``value`` is, or None: a parameter, a view of one, or derived."""

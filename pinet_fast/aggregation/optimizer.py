@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pinet_fast.aggregation.leaves import StratumGradient
+    from pinet_fast.aggregation.slice_rule import SliceProof
 
 _STATE_KEY = "pinet_fast"
 
@@ -100,6 +101,7 @@ class GradientAggregator(Optimizer):
         self._fresh = False
         self._num_steps = 0
         self._names: list[str] = []
+        self._slice_proofs: dict[Any, SliceProof] = {}
         self._warned_plain = False
 
     def _alias(self) -> None:
@@ -139,7 +141,14 @@ class GradientAggregator(Optimizer):
             index = index.to(parameters[0].device)
         due = self.report_every is not None and self._num_steps % self.report_every == 0
         intercept = due or not isinstance(self.rule, ConstantRule)
-        session = Session(parameters, names, index, check=self._check, intercept=intercept)
+        session = Session(
+            parameters,
+            names,
+            index,
+            check=self._check,
+            slice_proofs=self._slice_proofs,
+            intercept=intercept,
+        )
         self._session, self._inside = session, True
         try:
             with profiling.FORWARD, session.interception or nullcontext():

@@ -177,8 +177,14 @@ def _expand(node: Any, shape: Shape) -> _Node:
 
 def _batched_product(node: Any, shape: Shape) -> _Node | None:
     """``bmm`` keeps its first dimension; rows elsewhere would be summed over or exchanged."""
-    before = (*shape[:2], -1)
-    return _Node(before, lambda layout: layout if layout.dim == 0 else None, _parents(node))
+    first = getattr(node, "_saved_self", None)
+    if first is None or first.dim() != 3:  # baddbmm saves its factors under other names
+        first = getattr(node, "_saved_batch1", None)
+    if first is None:
+        return None
+    factors = _parents(node)[-2:]  # a mask that is added comes before them, where it has a graph
+    keep: Step = lambda layout: layout if layout.dim == 0 else None  # noqa: E731
+    return _Node(tuple(first.shape), keep, factors[:1])
 
 
 def _attention(node: Any, shape: Shape) -> _Node:
@@ -209,6 +215,7 @@ _READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
     "SplitBackward0": _part,
     "ExpandBackward0": _expand,
     "BmmBackward0": _batched_product,
+    "BaddbmmBackward0": _batched_product,
     "ScaledDotProductFlashAttentionForCpuBackward0": _attention,
     "ScaledDotProductFlashAttentionBackward0": _attention,
     "ScaledDotProductEfficientAttentionBackward0": _attention,

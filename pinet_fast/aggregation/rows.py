@@ -51,13 +51,13 @@ class BatchRows:
         Raises:
             RowLayoutError: Two dimensions qualify and the graph does not tell.
         """
-        matches = [dim for dim, size in enumerate(shape) if size in self._sizes]
-        if len(matches) == 1:
-            kind, groups = self._sizes[shape[matches[0]]]
-            return RowLayout(matches[0], kind, groups)
+        exact = self.find_exact(shape)
+        if exact is not None:
+            return exact
         traced = None if tensor is None else trace(tensor)
         if traced is not None and traced.dim < len(shape) and shape[traced.dim] >= 0:
             return traced
+        matches = [dim for dim, size in enumerate(shape) if size in self._sizes]
         if matches:
             sizes = [shape[dim] for dim in matches]
             raise RowLayoutError(
@@ -67,6 +67,14 @@ class BatchRows:
                 "differs from the sequence length"
             )
         return self._flattening(shape[0]) if shape and shape[0] > 0 else None
+
+    def find_exact(self, shape: tuple[int, ...]) -> RowLayout | None:
+        """Return the layout where exactly one dimension has the batch's size, else None."""
+        matches = [dim for dim, size in enumerate(shape) if size in self._sizes]
+        if len(matches) != 1:
+            return None
+        kind, groups = self._sizes[shape[matches[0]]]
+        return RowLayout(matches[0], kind, groups)
 
     def groups_of(self, layout: RowLayout, shape: tuple[int, ...]) -> RowGroups:
         """Return the groups of all ``prod(shape)`` rows of a tensor flattened to [N, ...].

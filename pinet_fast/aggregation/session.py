@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pinet_fast.aggregation.leak_check import LeakCheck
+    from pinet_fast.aggregation.slice_rule import SliceProof
     from pinet_fast.aggregation.strata_index import StrataIndex
 
 
@@ -94,6 +95,7 @@ class Session:
         names: Their names, for messages.
         strata: The batch's strata.
         check: The leak check.
+        slice_proofs: What earlier steps established for functions under the slice rule.
         intercept: Whether stratum gradients are wanted; False for constant rules.
     """
 
@@ -104,6 +106,7 @@ class Session:
         strata: StrataIndex,
         *,
         check: LeakCheck,
+        slice_proofs: dict[Any, SliceProof],
         intercept: bool,
     ) -> None:
         from pinet_fast.aggregation.boundary_rules import default_rules
@@ -118,7 +121,7 @@ class Session:
         if intercept:
             self.interception = Interception(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
-                rules=default_rules(),
+                rules=default_rules(), slice_proofs=slice_proofs,
             )  # fmt: skip
 
     def batch_strata(self, losses: StratumLosses, counts: Sequence[int] | None) -> BatchStrata:

@@ -397,7 +397,6 @@ def refused(action: str, match: str, error: type[Exception]) -> object:
         refused("other S", "expected 3 strata, as before; got 4", StrataError),
         refused("negative weights", "weights must be >= 0", AggregationError),
         refused("all masked", "every stratum is empty", AggregationError),
-        refused("no rule for function", "bilinear.*has no boundary rule", BoundaryError),
         refused("outside gradient", "outside every boundary", AggregationError),
         refused("no parameter met", "no parameter of the optimizer", AggregationError),
         refused("in-place max_norm", "max_norm", BoundaryError),
@@ -410,12 +409,6 @@ def test_misuse_has_one_clear_error(action: str, match: str, error: type[Excepti
     def forward() -> Tensor:
         with opt.stratify(IDS):
             return losses_of(model)
-
-    def bilinear() -> None:
-        weight = nn.Parameter(torch.randn(2, 3, 3, dtype=torch.float64))
-        opt.add_param_group({"params": [weight]})
-        with opt.stratify(IDS):
-            F.bilinear(X, X, weight)
 
     def outside() -> None:
         early = model.weight * 2  # made before the context: no view, so nothing to follow
@@ -462,7 +455,6 @@ def test_misuse_has_one_clear_error(action: str, match: str, error: type[Excepti
         "other S": lambda: opt.stratify(StrataIndex(IDS, 4)).__enter__(),
         "negative weights": lambda: opt.backward(forward(), -torch.ones(7)),
         "all masked": lambda: opt.backward(forward(), torch.zeros(7)),
-        "no rule for function": bilinear,
         "outside gradient": outside,
         "no parameter met": unmet,
         "in-place max_norm": max_norm,
