@@ -170,5 +170,6 @@ def _leak_message(site: Site, stratum: int, leak: float, own: float, names: Sequ
         f"{site.dim}, the loss of other strata reaches the gradient of stratum {stratum} "
         f"({share}). The model mixes users across rows (in-batch negatives, batch statistics), or "
         "another dimension holds the rows. Give the ragged layout by stratify(strata, "
-        'lengths=...), move the mixing part out of the model, or train with rule="joint"'
+        "lengths=...), move the mixing part out of the model, or pay for S backwards with "
+        'GradientAggregator(..., mode="exact")'
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class GradientAggregator(Optimizer):
         counts: Population counts of the strata for ``Backdoor(prior="users" | "events")`` where
             the strata come as raw ids.
         check: Leak check: ``"first"`` proves every boundary once, ``"always"``, ``"never"``.
+        mode: ``"one-pass"``; or ``"exact"``, one backward a stratum over the joint graph, without
+            interception: right also where a loss mixes users (in-batch negatives, batch
+            statistics), at S times the backward's cost.
         report_every: Compute stratum gradients, for the report's Gram, at every k-th step also for
             constant rules; None = never.
 
@@ -72,6 +75,7 @@ class GradientAggregator(Optimizer):
         num_strata: int | None = None,
         counts: Sequence[int] | None = None,
         check: CheckMode = "first",
+        mode: Literal["one-pass", "exact"] = "one-pass",
         report_every: int | None = None,
     ) -> None:
         if not isinstance(opt, Optimizer):
@@ -82,6 +86,8 @@ class GradientAggregator(Optimizer):
             )
         if isinstance(opt, GradientAggregator):
             raise ConfigError("GradientAggregator: the optimizer is wrapped already")
+        if mode not in ("one-pass", "exact"):
+            raise ConfigError(f'mode: expected "one-pass" or "exact", got {mode!r}')
         if report_every is not None and report_every < 1:
             raise ConfigError(f"report_every: expected a number >= 1, got {report_every}")
         super().__init__(opt.param_groups, opt.defaults)
@@ -89,6 +95,7 @@ class GradientAggregator(Optimizer):
         self.rule: Rule = by_name(rule)
         self.num_strata = num_strata
         self.counts = None if counts is None else tuple(counts)
+        self.mode = mode
         self.report_every = report_every
         self.report = AggregationReport(mode="plain")
         self._check = LeakCheck(check)
@@ -139,8 +146,8 @@ class GradientAggregator(Optimizer):
         self._names = names  # as the leak check's sites count them
         if parameters:
             index = index.to(parameters[0].device)
-        due = self.report_every is not None and self._num_steps % self.report_every == 0
-        intercept = due or not isinstance(self.rule, ConstantRule)
+        wanted = self._wants_stratum_gradients()
+        intercept = wanted and self.mode == "one-pass"
         session = Session(
             parameters,
             names,
@@ -158,6 +165,10 @@ class GradientAggregator(Optimizer):
             raise
         finally:
             self._inside = False
+
+    def _wants_stratum_gradients(self) -> bool:
+        due = self.report_every is not None and self._num_steps % self.report_every == 0
+        return due or not isinstance(self.rule, ConstantRule)
 
     def _strata_index(
         self,
@@ -218,10 +229,10 @@ class GradientAggregator(Optimizer):
             reduced = stratum_losses(losses, weights, session.rows)
             if not any(total > 0 for total in reduced.totals):
                 raise AggregationError("backward: every stratum is empty (no loss rows)")
-            if session.interception is None:
-                self.report = self._backward_reweighted(session, reduced)
+            if self._wants_stratum_gradients():
+                self.report = self._backward_stratified(session, reduced)
             else:
-                self.report = self._backward_one_pass(session, reduced)
+                self.report = self._backward_reweighted(session, reduced)
         self._fresh = True
 
     def _backward_reweighted(self, session: Session, losses: StratumLosses) -> AggregationReport:
@@ -238,7 +249,7 @@ class GradientAggregator(Optimizer):
             weights=torch.tensor(weights, dtype=torch.float64),
         )
 
-    def _backward_one_pass(self, session: Session, losses: StratumLosses) -> AggregationReport:
+    def _backward_stratified(self, session: Session, losses: StratumLosses) -> AggregationReport:
         with profiling.BACKWARD:
             gradients = session.stratum_gradients(losses, self._num_steps)
         touched = [(p, g) for p, g in zip(session.parameters, gradients, strict=True) if g]
@@ -254,11 +265,11 @@ class GradientAggregator(Optimizer):
             for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True):
                 _accumulate(p, g, w)
         leak: LeakState = "unchecked"
-        if self._check.mode != "never":
+        if self._check.mode != "never" and self.mode == "one-pass":
             armed = any(step is None for _, step in self._check.coverage())
             leak = "armed" if armed and self._check.mode == "first" else "proven"
         return AggregationReport(
-            mode="one-pass",
+            mode=self.mode,
             counts=losses.counts,
             unit=losses.unit,
             losses=_reported(losses),
@@ -348,7 +359,7 @@ class GradientAggregator(Optimizer):
         state: dict[str, Any] = {
             k: v
             for k, v in self.__dict__.items()
-            if k in ("inner", "rule", "num_strata", "counts", "report_every", "_num_steps")
+            if k in ("inner", "rule", "num_strata", "counts", "mode", "report_every", "_num_steps")
         }
         return {**state, "check": self._check.mode}
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Mode = Literal["one-pass", "reweighted", "plain"]
+Mode = Literal["one-pass", "exact", "reweighted", "plain"]
 LeakState = Literal["proven", "armed", "unchecked"]
 
 
@@ -17,15 +17,15 @@ class AggregationReport:
     """The last step's stratum gradients, losses and weights.
 
     Attributes:
-        mode: ``"one-pass"`` (stratum gradients were computed), ``"reweighted"`` (a constant rule:
-            one plain backward of the reweighted losses) or ``"plain"`` (``step()`` ran on gradients
-            that no ``stratify`` made).
+        mode: How the gradients were made. ``"one-pass"`` and ``"exact"``: from stratum gradients.
+            ``"reweighted"``: a constant rule, one plain backward of the reweighted losses.
+            ``"plain"``: ``step()`` ran on gradients that no ``stratify`` made.
         counts: Loss rows of every stratum in the batch, S ints.
         unit: What a loss row is: ``"users"`` or ``"events"``.
         losses: Mean loss of every stratum, float [S]; NaN for absent ones.
         weights: Weight of every stratum, float64 [S]; [n_params, S] for per-parameter rules.
         gram: Inner products of the stratum gradients over all parameters, float64 [S, S]; None
-            unless mode is ``"one-pass"``.
+            where no stratum gradients were computed.
         leak: ``"proven"`` (every boundary), ``"armed"`` (some lack proof), ``"unchecked"``.
     """
 

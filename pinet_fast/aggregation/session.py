@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pinet_fast.aggregation.rules.base import BatchStrata
 from pinet_fast.errors import AggregationError, RowLayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from pinet_fast.aggregation.leak_check import LeakCheck
     from pinet_fast.aggregation.slice_rule import SliceProof
@@ -96,7 +97,7 @@ class Session:
         strata: The batch's strata.
         check: The leak check.
         slice_proofs: What earlier steps established for functions under the slice rule.
-        intercept: Whether stratum gradients are wanted; False for constant rules.
+        intercept: Whether boundaries are stratified; not for constant rules nor in exact mode.
     """
 
     def __init__(
@@ -134,33 +135,57 @@ class Session:
         )
 
     def stratum_gradients(self, losses: StratumLosses, step: int) -> list[StratumGradient | None]:
-        """Run the one backward and return the S gradients of every parameter (None = untouched).
+        """Run the backward and return the S gradients of every parameter (None = untouched).
 
         Raises:
             StratumLeakError: The check found a leak; no gradient was written.
             AggregationError: A parameter got gradient outside every boundary.
         """
-        assert self.interception is not None
+        if self.interception is None:
+            return self._by_separate_backwards(losses)
         present = [total > 0 for total in losses.totals]
         if self.interception.uses and sum(present) > 1:
             self.check.run(self.interception.uses, losses.values, present, step, self.names)
+        with self._gradients_apart() as outside:
+            torch.autograd.backward(losses.values, torch.ones_like(losses.values))
+        touched = [name for grad, name in zip(outside, self.names, strict=True) if grad is not None]
+        if touched:
+            raise AggregationError(
+                f"backward: {', '.join(touched)} got gradient outside every boundary, so its "
+                "strata cannot be told apart; compute with the parameter inside "
+                "`with opt.stratify(...)` and not in a custom autograd.Function or a ScriptModule, "
+                'or use GradientAggregator(..., mode="exact")'
+            )
+        return self.leaves.collect(self.parameters)
+
+    def _by_separate_backwards(self, losses: StratumLosses) -> list[StratumGradient | None]:
+        """Run one backward a stratum over the joint graph: right for any loss, S times the cost."""
+        parts: list[list[Tensor | None]] = []
+        for stratum, loss in enumerate(losses.values):
+            with self._gradients_apart() as gradients:
+                if losses.totals[stratum] > 0:
+                    torch.autograd.backward(loss, retain_graph=True)
+            parts.append(list(gradients))
+        collected: list[StratumGradient | None] = []
+        for p, grads in zip(self.parameters, zip(*parts, strict=True), strict=True):
+            known = [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
+            if all(g is None for g in known):
+                collected.append(None)
+                continue
+            stacked = torch.stack([torch.zeros_like(p) if g is None else g for g in known])
+            collected.append(StratumGradient(stacked))
+        return collected
+
+    @contextmanager
+    def _gradients_apart(self) -> Iterator[list[Tensor | None]]:
+        """Catch what reaches ``p.grad`` inside; the gradients from before are put back."""
         before = [p.grad for p in self.parameters]
+        caught: list[Tensor | None] = []
         for p in self.parameters:
             p.grad = None
         try:
-            torch.autograd.backward(losses.values, torch.ones_like(losses.values))
-            outside = [
-                name
-                for p, name in zip(self.parameters, self.names, strict=True)
-                if p.grad is not None
-            ]
+            yield caught
+            caught.extend(p.grad for p in self.parameters)
         finally:
             for p, grad in zip(self.parameters, before, strict=True):
                 p.grad = grad
-        if outside:
-            raise AggregationError(
-                f"backward: {', '.join(outside)} got gradient outside every boundary, so its "
-                "strata cannot be told apart; compute with the parameter inside "
-                "`with opt.stratify(...)` and not in a custom autograd.Function or a ScriptModule"
-            )
-        return self.leaves.collect(self.parameters)
