@@ -134,7 +134,9 @@ class StratifiedEmbedding(torch.autograd.Function):
         flat_ids = ids.reshape(-1)
         values = grad.reshape(flat_ids.numel(), grad.shape[-1])
         if ctx.padding_idx >= 0:
-            values = values.masked_fill((flat_ids == ctx.padding_idx).unsqueeze(1), 0.0)
+            is_padding = flat_ids == ctx.padding_idx
+            if bool(is_padding.any()):  # ragged batches have none, and are spared the copy
+                values = values.masked_fill(is_padding.unsqueeze(1), 0.0)
         strata = torch.sparse_coo_tensor(
             torch.stack([row_strata, flat_ids.long()]), values, ctx.shape, check_invariants=False
         )
@@ -169,22 +171,30 @@ class StratifiedLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, mean, rstd, weight, bias = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        shape = ctx.normalized_shape
         backward = torch.ops.aten.native_layer_norm_backward
         grad_rows, grad_weight, grad_bias = backward(
-            grad, rows, ctx.normalized_shape, mean, rstd, weight, bias,
-            [needs[0], needs[2], needs[3]],
-        )  # fmt: skip
+            grad, rows, shape, mean, rstd, weight, bias, [needs[0], needs[2], needs[3]]
+        )
         weight_strata = bias_strata = None
-        dims = len(ctx.normalized_shape)
-        flat_grad = row_tensor(grad, dims)
-        if needs[4]:
-            # x_hat from the saved statistics: [..., 1] beside [..., *normalized_shape].
-            normalised = row_tensor((rows - mean) * rstd, dims)
-            weight_strata = stratum_sums(flat_grad * normalised, ctx.groups)
-        if needs[5]:
-            bias_strata = stratum_sums(flat_grad, ctx.groups)
-        parts = (grad_rows, None, grad_weight, grad_bias, weight_strata, bias_strata)
-        return *parts, None, None, None
+        if needs[4] or needs[5]:
+            split = ctx.groups.split
+            dims = len(shape)
+            parts = zip(
+                split(row_tensor(grad, dims)),
+                split(row_tensor(rows, dims)),
+                # Statistics are [..., 1, ..., 1]: as many ones as there are normalised dimensions.
+                split(row_tensor(mean, dims)),
+                split(row_tensor(rstd, dims)),
+                strict=True,
+            )
+            wanted = [False, needs[4], needs[5]]
+            sums = [backward(g, x, shape, m, r, weight, bias, wanted)[1:] for g, x, m, r in parts]
+            if needs[4]:
+                weight_strata = torch.stack([weight_sum for weight_sum, _ in sums])
+            if needs[5]:
+                bias_strata = torch.stack([bias_sum for _, bias_sum in sums])
+        return grad_rows, None, grad_weight, grad_bias, weight_strata, bias_strata, None, None, None
 
 
 class StratifiedBroadcast(torch.autograd.Function):
