@@ -26,6 +26,8 @@ class Agreement(GramRule):
         formula (arXiv 2208.09130) was not at hand, so that this is the paper's rule is our reading.
     """
 
+    claims = frozenset({"convex", "scale_invariant", "equivariant", "mean"})
+
     def __init__(self, per_parameter: bool = True) -> None:
         self.per_parameter = per_parameter
 

@@ -33,6 +33,8 @@ class Backdoor(ConstantRule):
         is our reading.
     """
 
+    claims = frozenset({"convex", "scale_invariant", "mean"})
+
     def __init__(self, prior: str | Sequence[float] | Tensor = "uniform") -> None:
         self.prior: str | tuple[float, ...]
         if isinstance(prior, str):

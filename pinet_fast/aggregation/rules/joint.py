@@ -12,6 +12,8 @@ class Joint(ConstantRule):
     what training without strata does.
     """
 
+    claims = frozenset({"convex", "scale_invariant", "mean"})
+
     def weights(self, batch: BatchStrata) -> tuple[float, ...]:
         """Return ``n_s / n``."""
         total = sum(batch.counts)
