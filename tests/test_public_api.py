@@ -18,8 +18,10 @@ PUBLIC = {
         "AggregationReport", "GradientAggregator", "RowGroups", "StrataIndex",
     ],
     "pinet_fast.rules": [
-        "Agreement", "Backdoor", "BatchStrata", "ConstantRule", "GramRule", "Joint", "Rule",
-        "by_name", "names",
+        "Agreement", "AlignedMTL", "Backdoor", "Balanced", "BatchStrata", "CAGrad", "Claim",
+        "ConstantRule", "EMA", "ElementwiseRule", "FunctionRule", "GramRule", "IMTLG", "Joint",
+        "MGDA", "PCGrad", "Rule", "SignAgreement", "TrimmedMean", "Warmup", "by_name",
+        "from_torchjd", "names",
     ],
     "pinet_fast.heads": ["PluginHeads"],
     "pinet_fast.models": ["Backbone", "PINet", "SASRec"],
