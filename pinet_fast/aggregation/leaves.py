@@ -37,19 +37,25 @@ class StratumGradient:
     Attributes:
         values: [S, *shape]; or [S, U, d] where only U rows of the parameter were touched.
         rows: The touched rows of the parameter, int64 [U], ascending; None = all.
+        touched: Which strata touched which of these rows, bool [S, U]; None where ``rows`` is.
     """
 
     values: Tensor
     rows: Tensor | None = None
+    touched: Tensor | None = None
 
     def combined(self, weights: Tensor, like: Tensor) -> Tensor:
         """Return ``sum_s weights[s] * values[s]`` in the shape of the parameter ``like``."""
         num_strata = self.values.shape[0]
         flat = self.values.reshape(num_strata, -1)
         mixed = torch.mv(flat.t(), weights.to(flat.dtype)).reshape(self.values.shape[1:])
+        return self.spread(mixed, like)
+
+    def spread(self, gradient: Tensor, like: Tensor) -> Tensor:
+        """Put a gradient of the touched rows, [U, d], into the shape of ``like``."""
         if self.rows is None:
-            return mixed
-        return torch.zeros_like(like).index_copy_(0, self.rows, mixed)
+            return gradient
+        return torch.zeros_like(like).index_copy_(0, self.rows, gradient)
 
     def dense(self, like: Tensor) -> Tensor:
         """Return all S gradients in full, [S, *shape]; for tests and exact comparisons."""
@@ -153,9 +159,17 @@ def _merged(dense: Tensor | None, lookups: list[Tensor]) -> StratumGradient | No
         return StratumGradient(flat.view(num_strata, num_rows, *rest))
     num_strata, num_rows = lookups[0].shape[:2]
     rows, position = _touched(ids, num_rows)
-    compact = values.new_zeros((num_strata * rows.numel(), values.shape[1]))
-    compact.index_add_(0, strata * rows.numel() + position, values)
-    return StratumGradient(compact.view(num_strata, rows.numel(), values.shape[1]), rows)
+    num_touched = rows.numel()
+    place = strata * num_touched + position
+    compact = values.new_zeros((num_strata * num_touched, values.shape[1]))
+    compact.index_add_(0, place, values)
+    touched = torch.zeros(num_strata * num_touched, dtype=torch.bool, device=ids.device)
+    touched[place] = True
+    return StratumGradient(
+        compact.view(num_strata, num_touched, values.shape[1]),
+        rows,
+        touched.view(num_strata, num_touched),
+    )
 
 
 def _touched(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -13,16 +13,21 @@ from torch.optim import Optimizer
 from pinet_fast import profiling
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
 from pinet_fast.aggregation.report import AggregationReport, LeakState
-from pinet_fast.aggregation.rules import ConstantRule, GramRule, Rule, by_name
+from pinet_fast.aggregation.rules import (
+    ConstantRule,
+    ElementwiseRule,
+    GramRule,
+    Rule,
+    by_name,
+)
 from pinet_fast.aggregation.session import Session, StratumLosses, stratum_losses
 from pinet_fast.aggregation.strata_index import StrataIndex
 from pinet_fast.errors import AggregationError, ConfigError, StrataError
 from pinet_fast.kernels import stratum_gram
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from pinet_fast.aggregation.leaves import StratumGradient
     from pinet_fast.aggregation.slice_rule import SliceProof
 
 _STATE_KEY = "pinet_fast"
@@ -50,8 +55,9 @@ class GradientAggregator(Optimizer):
 
     Args:
         opt: The optimizer to wrap.
-        rule: ``"joint"``, ``"backdoor"``, ``"agreement"``, or a rule object of
-            ``pinet_fast.rules``. Constant rules (joint, backdoor) cost one plain backward of
+        rule: A name of ``pinet_fast.rules.names()``, a rule object, or any function from the Gram
+            [K, K] of the present strata to their weights [K]. Constant rules (joint, backdoor)
+            cost one plain backward of
             reweighted losses; the others compute stratum gradients in one backward.
         num_strata: S. Fixed by the first StrataIndex or the first ids where not given.
         counts: Population counts of the strata for ``Backdoor(prior="users" | "events")`` where
@@ -70,7 +76,7 @@ class GradientAggregator(Optimizer):
     def __init__(
         self,
         opt: Optimizer,
-        rule: str | Rule = "backdoor",
+        rule: str | Rule | Callable[[Tensor], Tensor] = "backdoor",
         *,
         num_strata: int | None = None,
         counts: Sequence[int] | None = None,
@@ -168,7 +174,7 @@ class GradientAggregator(Optimizer):
 
     def _wants_stratum_gradients(self) -> bool:
         due = self.report_every is not None and self._num_steps % self.report_every == 0
-        return due or not isinstance(self.rule, ConstantRule)
+        return due or not isinstance(self.rule.active, ConstantRule)
 
     def _strata_index(
         self,
@@ -236,8 +242,9 @@ class GradientAggregator(Optimizer):
         self._fresh = True
 
     def _backward_reweighted(self, session: Session, losses: StratumLosses) -> AggregationReport:
-        assert isinstance(self.rule, ConstantRule)
-        weights = self.rule.weights(session.batch_strata(losses, self.counts))
+        rule = self.rule.active
+        assert isinstance(rule, ConstantRule)
+        weights = rule.weights(session.batch_strata(losses, self.counts))
         factors = losses.values.new_tensor(weights)
         with profiling.BACKWARD:
             torch.autograd.backward(losses.values, factors)
@@ -259,11 +266,19 @@ class GradientAggregator(Optimizer):
             )
         with profiling.GRAM:
             grams: Tensor = stratum_gram([g.values for _, g in touched])
-        with profiling.RULE:
-            weights = self._weights(grams, session, losses)
-        with profiling.COMBINE:
-            for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True):
-                _accumulate(p, g, w)
+        rule = self.rule.active
+        weights = None
+        if isinstance(rule, ElementwiseRule):
+            present = [total > 0 for total in losses.totals]
+            with profiling.COMBINE:
+                for p, g in touched:
+                    _add_gradient(p, g.spread(rule.aggregate(g.values, g.touched, present), p))
+        else:
+            with profiling.RULE:
+                weights = self._weights(rule, grams, session, losses)
+            with profiling.COMBINE:
+                for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True):
+                    _add_gradient(p, g.combined(w, p))
         leak: LeakState = "unchecked"
         if self._check.mode != "never" and self.mode == "one-pass":
             armed = any(step is None for _, step in self._check.coverage())
@@ -278,18 +293,15 @@ class GradientAggregator(Optimizer):
             leak=leak,
         )
 
-    def _weights(self, grams: Tensor, session: Session, losses: StratumLosses) -> Tensor:
+    def _weights(
+        self, rule: Rule, grams: Tensor, session: Session, losses: StratumLosses
+    ) -> Tensor:
         """Return the rule's weights, float64 [S] or [n_params, S]; absent strata weigh 0."""
-        if isinstance(self.rule, ConstantRule):
-            return grams.new_tensor(self.rule.weights(session.batch_strata(losses, self.counts)))
-        assert isinstance(self.rule, GramRule)
-        gram = grams if self.rule.per_parameter else grams.sum(0)
-        here = [s for s, total in enumerate(losses.totals) if total > 0]
-        if len(here) == len(losses.totals):
-            return self.rule.weights(gram)
-        kept = torch.tensor(here, device=gram.device)
-        known = self.rule.weights(gram.index_select(-1, kept).index_select(-2, kept))
-        return gram.new_zeros(gram.shape[:-1]).index_copy_(-1, kept, known)
+        if isinstance(rule, ConstantRule):
+            return grams.new_tensor(rule.weights(session.batch_strata(losses, self.counts)))
+        assert isinstance(rule, GramRule)
+        gram = grams if rule.per_parameter else grams.sum(0)
+        return rule.stratum_weights(gram, [total > 0 for total in losses.totals])
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Run the wrapped optimizer's step on the aggregated gradients.
@@ -312,6 +324,7 @@ class GradientAggregator(Optimizer):
             self._note_plain_step()
         with profiling.STEP:
             self.inner.step()
+        self.rule.commit()
         self._fresh = False
         self._num_steps += 1
 
@@ -331,6 +344,7 @@ class GradientAggregator(Optimizer):
         if not self._inside:
             self._session = None
         self._fresh = False
+        self.rule.discard()
         self.inner.zero_grad(set_to_none=set_to_none)
 
     # State --------------------------------------------------------------------------------------
@@ -344,7 +358,12 @@ class GradientAggregator(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's state, and the aggregator's under one further key."""
-        own = {"version": 1, "num_steps": self._num_steps, "num_strata": self.num_strata}
+        own = {
+            "version": 1,
+            "num_steps": self._num_steps,
+            "num_strata": self.num_strata,
+            "rule": self.rule.state_dict(),
+        }
         return {**self.inner.state_dict(), _STATE_KEY: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -354,6 +373,8 @@ class GradientAggregator(Optimizer):
         self._alias()
         self._num_steps = own.get("num_steps", 0)
         self.num_strata = own.get("num_strata", self.num_strata)
+        if own:
+            self.rule.load_state_dict(own["rule"])
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = {
@@ -393,6 +414,5 @@ def _reported(losses: StratumLosses) -> Tensor:
 
 
 @torch.no_grad()
-def _accumulate(parameter: Tensor, gradient: StratumGradient, weights: Tensor) -> None:
-    combined = gradient.combined(weights, parameter)
-    parameter.grad = combined if parameter.grad is None else parameter.grad + combined
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

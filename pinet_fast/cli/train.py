@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pinet_fast.aggregation.rules import names as rule_names
 from pinet_fast.cli.console import Output, output
 from pinet_fast.cli.progress import ProgressObserver
 from pinet_fast.errors import ConfigError
@@ -54,7 +55,7 @@ def train(
         str, _option("order", "auto (timestamps where there are any), timestamp, rows.", _LOG)
     ] = "auto",
     rule: Annotated[
-        str, _option("rule", "joint, backdoor or agreement.", _METHOD)
+        str, _option("rule", f"One of {', '.join(rule_names())}.", _METHOD)
     ] = RunConfig.rule,
     prior: Annotated[
         str, _option("prior", "P(z) of --rule backdoor: uniform, users or events.", _METHOD)
