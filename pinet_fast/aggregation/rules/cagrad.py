@@ -23,7 +23,8 @@ class CAGrad(GramRule):
     over the simplex, ``g_w = sum_s w_s g_s``. The result is ``d / (1 + c)``, so that equal
     gradients give their mean; the paper's step is ``1 + c`` times as long.
 
-    Solved by an interior-point method of fixed length, to about 1e-6 of the largest norm.
+    Solved by an interior-point method of fixed length, to about 1e-5 of the largest squared norm;
+    about 8 ms on a CPU, as tensor operations of a few numbers.
 
     Args:
         c: Radius of the ball, in [0, 1); 0 = the mean.

@@ -38,19 +38,19 @@ def support(gram: Tensor, linear: Tensor, radius: Tensor) -> Tensor:
     gram = gram + _RIDGE * unit
     w = torch.full_like(linear, 1 / num_strata)
     z = linear - linear.amin(-1, keepdim=True) + 1  # duals of w >= 0
-    s = _dot(w, _times(gram, w)).sqrt() + 1
+    s = gram.mean(-1).mean(-1, keepdim=True).sqrt() + 1  # above ||g_w||
     p, v = radius, torch.zeros_like(w)  # the cone's dual, p >= ||g_v||
     for _ in range(_ITERATIONS):
-        gw, gv = _times(gram, w), _times(gram, v)
+        gw, gv = _times(gram, w, v)
         inside, inside_dual = _inside(s, _dot(w, gw)), _inside(p, _dot(v, gv))
-        gap = (_dot(w, z) + s * p + _dot(v, gw)) / (num_strata + 1)
+        product = s * p + _dot(v, gw)
+        gap = (_dot(w, z) + product) / (num_strata + 1)
         gap = (_CENTRING * gap).clamp_min(_FLOOR)
         # The scaling point (c, g_u), and h such that h (2 J u u^T J - J) maps (s, w) to (p, v).
         x, y = inside.rsqrt(), inside_dual.rsqrt()
-        cosine = (s * p + _dot(v, gw)) * x * y
-        half = ((1 + cosine) / 2).clamp_min(1).sqrt() * 2
+        half = (2 + 2 * product * x * y).clamp_min(4).sqrt()
         c, u = (s * x + p * y) / half, (w * x - v * y) / half
-        h, turn, gu = x / y, 2 * c.square() - 1, _times(gram, u)
+        h, turn, gu = x / y, 2 * c.square() - 1, (gw * x - gv * y) / half
         lift = gap * s / inside - radius
         outer = gu.unsqueeze(-1) * gu.unsqueeze(-2) * (2 / turn).unsqueeze(-1)
         matrix = h.unsqueeze(-1) * (gram - outer) + torch.diag_embed(z / w)
@@ -65,16 +65,19 @@ def support(gram: Tensor, linear: Tensor, radius: Tensor) -> Tensor:
         dp = radius - p
         dv = -gap / inside * w - v - h * (2 * u * (along - c * ds) + dw)
         shrink = torch.cat([-dw / w, -dz / z], dim=-1).amax(-1, keepdim=True)
-        shrink = torch.maximum(shrink, _shrink(inside, s * ds - _dot(gw, dw), ds, gram, dw))
-        shrink = torch.maximum(shrink, _shrink(inside_dual, p * dp - _dot(gv, dv), dp, gram, dv))
+        gdw, gdv = _times(gram, dw, dv)
+        cone = _shrink(inside, s * ds - _dot(gw, dw), ds.square() - _dot(dw, gdw))
+        dual = _shrink(inside_dual, p * dp - _dot(gv, dv), dp.square() - _dot(dv, gdv))
+        shrink = torch.maximum(shrink, torch.maximum(cone, dual))
         step = _TO_BOUNDARY / shrink.clamp_min(_TO_BOUNDARY)
         w, z, s = w + step * dw, z + step * dz, s + step * ds
         p, v = p + step * dp, v + step * dv
     return -v
 
 
-def _times(gram: Tensor, w: Tensor) -> Tensor:
-    return (gram @ w.unsqueeze(-1)).squeeze(-1)
+def _times(gram: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    both = gram @ torch.stack([a, b], dim=-1)
+    return both[..., 0], both[..., 1]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -86,7 +89,6 @@ def _inside(height: Tensor, square: Tensor) -> Tensor:
     return torch.maximum(height.square() - square, _INSIDE * height.square())
 
 
-def _shrink(inside: Tensor, slope: Tensor, dheight: Tensor, gram: Tensor, dw: Tensor) -> Tensor:
-    """Return the inverse of the step at which ``inside`` becomes 0."""
-    curve = dheight.square() - _dot(dw, _times(gram, dw))
-    return (-slope + (slope.square() - curve * inside).clamp_min(0).sqrt()) / inside
+def _shrink(inside: Tensor, slope: Tensor, curve: Tensor) -> Tensor:
+    """Return 1 / t at the least t > 0 with ``inside + 2 t slope + t^2 curve = 0``; <= 0 if none."""
+    return ((slope.square() - curve * inside).clamp_min(0).sqrt() - slope) / inside

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class MGDA(GramRule):
     """Minimise ``||sum_s w_s g_s||`` over the simplex: a descent direction of every stratum.
 
-    Closed form for two strata; otherwise an interior-point method of fixed length, whose
+    Closed form for two strata; otherwise an interior-point method of fixed length (2 ms), whose
     optimality conditions hold to 1e-8 of the largest squared norm. Where several weights are
     minimal (equal gradients) it takes their middle.
 
