@@ -324,7 +324,8 @@ class GradientAggregator(Optimizer):
             self._note_plain_step()
         with profiling.STEP:
             self.inner.step()
-        self.rule.commit()
+        if self._fresh:
+            self.rule.commit()
         self._fresh = False
         self._num_steps += 1
 

@@ -109,3 +109,20 @@ def test_rule_state_follows_taken_steps_and_is_saved() -> None:
     run(twin, twin_model)
     for mine, theirs in zip(model.parameters(), twin_model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("rule", names())
+def test_an_overflow_stays_visible_to_a_loss_scaler(rule: str) -> None:
+    """A rule may drop the stratum that overflowed; its NaN must reach p.grad all the same."""
+    model = nn.Linear(3, 2)
+    x = torch.randn(7, 3)
+    opt = GradientAggregator(torch.optim.SGD(model.parameters(), lr=0.1), rule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = copy.deepcopy(model.state_dict())
+    with opt.stratify(IDS):
+        losses = model(x).pow(2).sum(1) * torch.where(IDS == 1, torch.inf, 1.0)
+    opt.backward(scaler.scale(losses))
+    scaler.step(opt)
+    scaler.update()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert scaler.get_scale() < 8.0
