@@ -88,6 +88,11 @@ def time_major_attention(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(y, y, y)[0].transpose(0, 1)
 
 
+def seeded(layer: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(5)  # the same masks for the oracle and the library
+    return layer(x)
+
+
 def flattened(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.reshape(-1, D)).view(B, L, -1)
 
@@ -112,6 +117,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], T
             nn.TransformerEncoderLayer(D, 2, 8, dropout=0.0), 2, enable_nested_tensor=False
         ),
         time_major,
+    ),
+    "TransformerEncoderLayer with dropout": (
+        lambda: nn.TransformerEncoderLayer(D, 2, 8, dropout=0.3, batch_first=True),
+        seeded,
     ),
     "PReLU": (lambda: nn.PReLU(), lambda m, x: m(x)),
     "GroupNorm": (lambda: nn.GroupNorm(2, D), conv),
