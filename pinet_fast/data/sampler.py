@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pinet_fast.data import _planning
+from pinet_fast.data._order import order, order_within
+from pinet_fast.data._quotas import Mix, shares_of
 from pinet_fast.errors import CheckpointError, ConfigError, StrataError
 
 if TYPE_CHECKING:
@@ -19,34 +21,63 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 
-STATE_VERSION = 1
-_GOLDEN = (math.sqrt(5) - 1) / 2
+STATE_VERSION = 2  # 1 drew its permutations from Philox
 
 
 class StratifiedBatchSampler:
-    """Every eligible user once an epoch, in batches that hold each stratum in proportion.
+    """Batches of users with a fixed share of every stratum, in an order that takes no memory.
 
-    A batch of b users has the floor or the ceiling of ``b * n_s / N`` users of stratum s (n_s
-    eligible users of N), so it is off by less than one user. Users of a stratum are contiguous in
-    a batch, strata ascend, and the order inside a stratum is a new random permutation every epoch.
+    Users of a stratum are contiguous in a batch and strata ascend. The order inside a stratum is a
+    keyed permutation by (seed, stratum, cycle), so that any batch of any epoch is found at once:
+    the position is (seed, epoch, step) and nothing else.
 
-    How: the last, partial batch takes evenly spaced places of the list of all users by stratum;
-    the rest of that list is dealt to the F full batches like cards, so that each gets the floor
-    or the ceiling of every stratum. Merging the strata into one evenly spaced stream and cutting
-    it would be off by up to two users at eight strata. Dealing alone would give the odd users of
-    a stratum to neighbouring batches, hence a fixed golden-ratio stride from batch to hand.
+    ``mix="proportional"``: every eligible user once an epoch. A batch of b users has the floor or
+    the ceiling of ``b * n_s / N`` users of stratum s (n_s eligible users of N).
+
+    Any other mix: the strata go through their users again and again, a new permutation each time
+    (a cycle), and the epoch is merely a number of batches. All batches are full. Fractions of a
+    user are carried from batch to batch and epoch to epoch, so that after any number of batches a
+    stratum is at most one user off its share (half a user for two strata, one for four, 1.5 for
+    eight). A user may come twice in a batch where a cycle ends inside it.
+
+    ``batch_size`` and ``max_events`` are those of the global batch. Of its rows, rank r of W gets
+    rows r, r + W, r + 2W, ...: disjoint, together the whole batch, of every stratum the floor or
+    the ceiling of its W-th part, and as many batches on every rank. The stream of global batches
+    does not depend on the world size, so a state may be loaded into another one.
+
+    With ``max_events`` the number of batches is fixed as well, and no batch of any epoch has more
+    events than that. For this, users of a stratum are permuted among those of similar length, and
+    a batch takes one of each similar length. Lengths are those of a loader of next-event targets:
+    the training events but one, at most ``max_len``.
 
     Args:
         strata: The strata.
-        batch_size: Users of a batch, at least 1; the last batch holds the rest.
-        mix: Shares of the strata; only ``"proportional"`` exists so far.
+        batch_size: Users of a global batch, at least 1; the last batch of ``"proportional"`` holds
+            the rest. Give this or ``max_events``.
+        max_events: Most events of a global batch.
+        mix: ``"proportional"``, ``"uniform"``, ``"sqrt"`` (by the root of the users), a share above
+            0 for every stratum by number or name, ``{"tail": 0.5, "head": 0.5}``, or a sequence of
+            S shares; shares have the sum 1.
         seed: Decides, with the epoch, the order; an integer >= 0.
         min_activeness: Only users with that many training events are drawn; a next-event target
             needs 2.
         drop_last: Whether to leave the last, partial batch out (other users every epoch).
+        max_len: Events of a user that count for ``max_events`` at most; that of the loader.
+        steps_per_epoch: Batches of an epoch of a mix that is not proportional; by default, as many
+            as hold N users.
+        rank: This process, 0..world_size - 1.
+        world_size: Processes that share a batch.
+
+    Attributes:
+        batch_size: Users of a global batch at most.
+        stratum_weights: Weight of a user of every stratum that makes the mean over a batch estimate
+            the mean over all users (Horvitz-Thompson), ``(n_s / N) / share_s``, float64 [S]; 1 for
+            ``"proportional"``.
+        fingerprint: Hex digest of the strata and the options that decide the global batches.
 
     Raises:
-        ConfigError: An option out of its range, or no full batch with ``drop_last``.
+        ConfigError: An option out of its range, no full batch with ``drop_last``, or a batch with
+            fewer users than ranks.
         StrataError: A stratum without an eligible user.
     """
 
@@ -54,50 +85,76 @@ class StratifiedBatchSampler:
         self,
         strata: Strata,
         *,
-        batch_size: int,
-        mix: str = "proportional",
+        batch_size: int | None = None,
+        max_events: int | None = None,
+        mix: Mix = "proportional",
         seed: int = 0,
         min_activeness: int = 2,
         drop_last: bool = False,
+        max_len: int | None = None,
+        steps_per_epoch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if mix != "proportional":
-            raise ConfigError(f"mix: only 'proportional' exists so far, got {mix!r}")
+        if (batch_size is None) == (max_events is None):
+            raise ConfigError(
+                "sampler: expected one of batch_size and max_events, "
+                f"got {'neither' if batch_size is None else 'both'}"
+            )
         for name, value, least in (
             ("batch_size", batch_size, 1),
+            ("max_events", max_events, 1),
             ("seed", seed, 0),
             ("min_activeness", min_activeness, 1),
+            ("max_len", max_len, 1),
+            ("steps_per_epoch", steps_per_epoch, 1),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ConfigError(f"{name}: expected an integer >= {least}, got {value!r}")
+            _check_integer(name, value, least)
+        if rank >= world_size:
+            raise ConfigError(f"rank: expected less than world_size {world_size}, got {rank}")
         self.strata = strata
-        self.batch_size = int(batch_size)
         self.min_activeness = int(min_activeness)
         self.drop_last = bool(drop_last)
         self.seed = int(seed)
+        self.rank, self.world_size = int(rank), int(world_size)
         self.epoch = 0
         self._step = 0
         self._members = _members(strata, self.min_activeness)
-        self._plan(np.array([len(users) for users in self._members], np.int64))
-        options = [strata.fingerprint, self.batch_size, mix, self.min_activeness, self.drop_last]
-        self.fingerprint = hashlib.sha256(json.dumps(options).encode()).hexdigest()
-        self._orders: tuple[tuple[int, int], list[IntArray]] | None = None
-
-    def _plan(self, counts: IntArray) -> None:
-        total = int(counts.sum())
-        self._num_full, rest = divmod(total, self.batch_size)
-        starts = np.concatenate(([0], np.cumsum(counts)))
-        # Place i of the last batch is number floor((2i + 1) N / 2r) in the list of all users.
-        places = (2 * np.arange(rest) + 1) * total // (2 * max(rest, 1))
-        last = np.bincount(np.searchsorted(starts, places, side="right") - 1, minlength=len(counts))
-        self._dealt = counts - last  # [S], users of the full batches
-        self._deal_starts = np.concatenate(([0], np.cumsum(self._dealt)))[:-1]
-        self._num_batches = self._num_full + (1 if rest and not self.drop_last else 0)
-        if self._num_batches == 0:
-            raise ConfigError(
-                f"batch_size: {self.batch_size:,} with drop_last leaves no batch of {total:,} "
-                "users; lower batch_size or keep the last batch"
+        counts = np.array([len(users) for users in self._members], np.int64)
+        shares = shares_of(mix, strata.names, counts.tolist())
+        self.stratum_weights = counts / counts.sum() / np.array(shares, np.float64)
+        limit = int(batch_size or max_events or 0)
+        self._has_segments = max_events is not None
+        lengths = None
+        if self._has_segments:
+            lengths = _sort_by_length(self._members, strata.activeness, max_len)
+        if isinstance(mix, str) and mix == "proportional":
+            self.stratum_weights = np.ones(len(counts))
+            if steps_per_epoch is not None:
+                raise ConfigError(
+                    "steps_per_epoch: an epoch of mix 'proportional' is every user once; "
+                    "leave it out or choose another mix"
+                )
+            sized = _planning.deal(counts, lengths, limit, self.drop_last)
+        else:
+            sized = _planning.stream(
+                counts, lengths, shares, limit, self.drop_last, steps_per_epoch
             )
-        self._stride = _golden_stride(self._num_full)
+        self._plan, self.batch_size, smallest = sized
+        self._num_batches = self._plan.num_batches
+        if smallest < self.world_size:
+            raise ConfigError(
+                f"world_size: the smallest batch has {smallest:,} users for {self.world_size} "
+                "ranks; choose another batch_size or max_events, or drop_last"
+            )
+        options = [
+            *(strata.fingerprint, type(self._plan).__name__, batch_size, max_events),
+            *(max_events and max_len, self.min_activeness, self.drop_last, self._num_batches),
+            list(map(str, shares)),
+        ]
+        self.fingerprint = hashlib.sha256(json.dumps(options).encode()).hexdigest()
 
     @property
     def num_users(self) -> int:
@@ -105,11 +162,11 @@ class StratifiedBatchSampler:
         return sum(len(users) for users in self._members)
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
+        """Return the number of batches of an epoch, the same on every rank."""
         return self._num_batches
 
     def batch(self, epoch: int, step: int) -> IntArray:
-        """Return any batch, without changing the position.
+        """Return any batch, or this rank's part of it, without changing the position.
 
         Args:
             epoch: From 0.
@@ -123,16 +180,22 @@ class StratifiedBatchSampler:
         """
         if epoch < 0 or not 0 <= step < self._num_batches:
             raise IndexError(f"batch {step} of epoch {epoch}: an epoch has {self._num_batches}")
-        orders = self._orders_of(epoch)
-        parts = []
-        for s, order in enumerate(orders):
-            if step == self._num_full:
-                parts.append(order[self._dealt[s] :])
-            else:
-                hand = step * self._stride % self._num_full
-                first = (hand - self._deal_starts[s]) % self._num_full
-                parts.append(order[first : self._dealt[s] : self._num_full])
+        parts, row = [], 0
+        for stratum, cycle, places in self._plan.draws(epoch, step):
+            own = places[(self.rank - row) % self.world_size :: self.world_size]
+            row += len(places)
+            if own:
+                parts.append(self._users(stratum, cycle, own))
         return np.concatenate(parts)
+
+    def _users(self, stratum: int, cycle: int, own: range) -> IntArray:
+        members = self._members[stratum]
+        places = np.arange(own.start, own.stop, own.step)
+        if self._has_segments:
+            numbers, starts, sizes, positions = self._plan.segments(stratum, places)
+            found = order_within(self.seed, stratum, cycle, numbers, sizes, positions)
+            return np.take(members, starts + found)
+        return np.take(members, order(self.seed, stratum, cycle, len(members), places))
 
     def __iter__(self) -> Iterator[IntArray]:
         """Yield the batches from the current position to the end of the epoch, then advance it."""
@@ -189,8 +252,8 @@ class StratifiedBatchSampler:
             )
         if state.get("fingerprint") != self.fingerprint:
             raise CheckpointError(
-                "sampler state: it belongs to another log, split, strata, batch_size or "
-                "min_activeness; resume with the options of that run"
+                "sampler state: it belongs to another log, split, strata, mix, batch_size, "
+                "max_events or min_activeness; resume with the options of that run"
             )
         position = [state.get(name) for name in ("seed", "epoch", "step")]
         numbers = [value for value in position if isinstance(value, int) and value >= 0]
@@ -200,16 +263,6 @@ class StratifiedBatchSampler:
                 f"got {', '.join(map(str, position))}; the checkpoint is damaged"
             )
         self.seed, self.epoch, self._step = numbers
-
-    def _orders_of(self, epoch: int) -> list[IntArray]:
-        key = (self.seed, epoch)
-        if self._orders is None or self._orders[0] != key:
-            orders = [
-                _generator(self.seed, epoch, s).permutation(users)
-                for s, users in enumerate(self._members)
-            ]
-            self._orders = (key, orders)
-        return self._orders[1]
 
 
 def _members(strata: Strata, min_activeness: int) -> list[IntArray]:
@@ -224,13 +277,20 @@ def _members(strata: Strata, min_activeness: int) -> list[IntArray]:
     return members
 
 
-def _generator(seed: int, epoch: int, stratum: int) -> np.random.Generator:
-    sequence = np.random.SeedSequence(seed, spawn_key=(epoch, stratum))
-    return np.random.Generator(np.random.Philox(sequence))
+def _sort_by_length(
+    members: list[IntArray], activeness: IntArray, max_len: int | None
+) -> list[IntArray]:
+    """Sort the users of every stratum by their input events, in place, and return these."""
+    lengths = []
+    for s, users in enumerate(members):
+        events = np.clip(activeness[users] - 1, 1, max_len)
+        ascending = np.argsort(events, kind="stable")
+        members[s] = users[ascending]
+        lengths.append(events[ascending])
+    return lengths
 
 
-def _golden_stride(num_full: int) -> int:
-    stride = max(1, round(num_full * _GOLDEN))
-    while math.gcd(stride, max(num_full, 1)) != 1:
-        stride += 1
-    return stride
+def _check_integer(name: str, value: object, least: int) -> None:
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if value is not None and not (is_integer and value >= least):  # type: ignore[operator]
+        raise ConfigError(f"{name}: expected an integer >= {least}, got {value!r}")

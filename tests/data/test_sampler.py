@@ -149,7 +149,7 @@ def test_drop_last_leaves_other_users_out_every_epoch(strata_with_counts):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"mix": "uniform"}, "only 'proportional' exists so far"),
+        ({"mix": "half"}, "mix: expected .proportional., .uniform. or .sqrt."),
         ({"batch_size": 0}, "batch_size: expected an integer >= 1"),
         ({"batch_size": 2.5}, "batch_size"),
         ({"seed": -1}, "seed: expected an integer >= 0"),
@@ -179,7 +179,7 @@ def test_states_of_other_runs_are_refused(strata_with_counts):
     for other in others:
         with pytest.raises(CheckpointError, match="belongs to another"):
             other.load_state_dict(state)
-    for change in ({"version": 2}, {"step": 5}, {"step": -1}, {"epoch": None}, {"seed": "a"}):
+    for change in ({"version": 1}, {"step": 5}, {"step": -1}, {"epoch": None}, {"seed": "a"}):
         with pytest.raises(CheckpointError, match="sampler state: expected"):
             sampler.load_state_dict(state | change)
     with pytest.raises(CheckpointError, match="sampler state"):
