@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -24,7 +23,7 @@ class Diffusion:
     Error diffusion in closed form. Of two strata with shares p and q, the first has
     ``round(k p / (p + q))`` of the first k rows, the second the others: each row goes to one of
     them, and both stay within half a row of their due. More strata are halved like this in a
-    binary tree, the smallest shares deepest; ``bounds`` says how far each may be off.
+    balanced binary tree, so that none is off by more than ceil(log2 S) / 2 rows.
 
     Args:
         shares: Positive, with the exact sum 1.
@@ -32,14 +31,17 @@ class Diffusion:
 
     def __init__(self, shares: Sequence[Fraction]) -> None:
         self.num_strata = len(shares)
-        heap = [(share, s) for s, share in enumerate(shares)]
-        heapq.heapify(heap)
+        level = list(enumerate(shares))
         splits = []
-        for node in range(len(shares), 2 * len(shares) - 1):
-            (p, left), (q, right) = heapq.heappop(heap), heapq.heappop(heap)
-            heapq.heappush(heap, (p + q, node))
-            part = p / (p + q)
-            splits.append((node, left, right, part.numerator, part.denominator))
+        number = len(shares)
+        while len(level) > 1:
+            pairs, odd = [], level[len(level) // 2 * 2 :]
+            for (left, p), (right, q) in zip(level[::2], level[1::2], strict=False):
+                part = p / (p + q)
+                splits.append((number, left, right, part.numerator, part.denominator))
+                pairs.append((number, p + q))
+                number += 1
+            level = pairs + odd
         self._splits = splits[::-1]
 
     def counts(self, num_rows: int) -> list[int]:
@@ -52,7 +54,7 @@ class Diffusion:
         return counts[: self.num_strata]
 
     def bounds(self) -> list[Fraction]:
-        """Return how far the counts may be from share * rows: 1/2 for two strata."""
+        """Return how far the counts may be from share * rows."""
         bounds = [Fraction(0)] * (len(self._splits) + self.num_strata)
         for node, left, right, part, whole in self._splits:
             bounds[left] = Fraction(1, 2) + bounds[node] * part / whole

@@ -37,8 +37,8 @@ class StratifiedBatchSampler:
     Any other mix: the strata go through their users again and again, a new permutation each time
     (a cycle), and the epoch is merely a number of batches. All batches are full. Fractions of a
     user are carried from batch to batch and epoch to epoch, so that after any number of batches a
-    stratum is at most one user off its share (half a user for two strata, one for four, 1.5 for
-    eight). A user may come twice in a batch where a cycle ends inside it.
+    stratum is at most ceil(log2 S) / 2 users off its share: half a user for two strata. A user may
+    come twice in a batch where a cycle ends inside it.
 
     ``batch_size`` and ``max_events`` are those of the global batch. Of its rows, rank r of W gets
     rows r, r + W, r + 2W, ...: disjoint, together the whole batch, of every stratum the floor or
