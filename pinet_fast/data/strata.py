@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,35 +31,36 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Strata:
-    """Users in S strata, numbered from least to most active; made by ``Strata.by_activeness``.
+    """Users in S strata; made by ``Strata.by_activeness`` or ``Strata.from_labels``.
+
+    Strata by activeness are numbered from least to most active.
 
     Attributes:
-        spec: The edges as they were asked for.
+        spec: The edges as they were asked for, or ``"labels"``.
         edges: Least activeness of strata 1..S-1, S - 1 ascending ints; what routes new users.
-        names: ``("tail", "head")``, or ranges such as ``"5-8 events"``.
+            Empty for strata from labels.
+        names: ``("tail", "head")``, ranges such as ``"5-8 events"``, or the labels.
         activeness: Training events of every user, int64 [U].
         ids: Stratum of every user, int64 [U].
         user_counts: Users of every stratum, int64 [S].
         event_counts: Training events of every stratum, int64 [S].
         store_fingerprint: Fingerprint of the store they were made from.
-        fingerprint: Hex digest of the store, the split and the edges.
+        fingerprint: Hex digest of the store, the split and the edges or labels.
     """
 
     spec: str
     edges: tuple[int, ...]
     names: tuple[str, ...]
     activeness: IntArray
+    ids: IntArray
     store_fingerprint: str
     fingerprint: str
-    ids: IntArray = field(init=False)
     user_counts: IntArray = field(init=False)
     event_counts: IntArray = field(init=False)
 
     def __post_init__(self) -> None:
-        ids = self.route(self.activeness)
-        events = np.bincount(ids, weights=self.activeness, minlength=self.num_strata)
-        object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "user_counts", np.bincount(ids, minlength=self.num_strata))
+        events = np.bincount(self.ids, weights=self.activeness, minlength=self.num_strata)
+        object.__setattr__(self, "user_counts", np.bincount(self.ids, minlength=self.num_strata))
         object.__setattr__(self, "event_counts", events.astype(np.int64))
 
     @classmethod
@@ -82,12 +84,7 @@ class Strata:
             StrataError: An unknown form of edges, an empty stratum, or no user with two training
                 events.
         """
-        activeness = split.train_lengths(store)
-        if int(activeness.max()) < _MIN_TRAINABLE:
-            raise StrataError(
-                f"log {store.source}: no user has two training events (of {store.num_users:,} "
-                "users), so nothing can be learned; check that --user-col names the user column"
-            )
+        activeness = _trainable(store, split)
         spec, bounds = _parse(edges, activeness)
         _check_populated(spec, bounds, activeness)
         state = [store.fingerprint, split.name, list(bounds)]
@@ -96,6 +93,53 @@ class Strata:
             edges=bounds,
             names=_names(spec, bounds, int(activeness.min())),
             activeness=activeness,
+            ids=_route(bounds, activeness),
+            store_fingerprint=store.fingerprint,
+            fingerprint=hashlib.sha256(json.dumps(state).encode()).hexdigest(),
+        )
+
+    @classmethod
+    def from_labels(cls, store: SequenceStore, labels: npt.ArrayLike, *, split: Split) -> Strata:
+        """Divide the users of a store by a column of their own, such as a country or a plan.
+
+        Args:
+            store: The store.
+            labels: Integers or strings, [U]; label ``u`` is that of ``store.user_ids[u]``. The
+                strata are numbered in ascending order of the labels.
+            split: Which events are training events; only these count as activeness.
+
+        Returns:
+            The strata; ``route`` refuses, as nothing tells the label of a new user.
+
+        Raises:
+            StrataError: Not one label a user, labels of another type, less than two labels, or no
+                user with two training events.
+        """
+        column = np.asarray(labels)
+        if column.dtype == object:  # such as strings of a table: what type do they have?
+            column = np.asarray(column.tolist())
+        if column.shape != (store.num_users,):
+            raise StrataError(
+                f"labels: expected one for each of {store.num_users:,} users of {store.source}, "
+                f"got shape {column.shape}; order them like store.user_ids"
+            )
+        if column.dtype.kind not in "biuU":
+            raise StrataError(
+                f"labels: expected integers or strings, got {column.dtype}; "
+                "replace missing ones by a label of their own"
+            )
+        values, ids = np.unique(column, return_inverse=True)
+        if len(values) == 1:
+            raise StrataError(f"labels: expected two or more, got only {values[0]}")
+        names = tuple(map(str, values))
+        digest = hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest()
+        state = [store.fingerprint, split.name, "labels", names, digest]
+        return cls(
+            spec="labels",
+            edges=(),
+            names=names,
+            activeness=_trainable(store, split),
+            ids=ids.astype(np.int64),
             store_fingerprint=store.fingerprint,
             fingerprint=hashlib.sha256(json.dumps(state).encode()).hexdigest(),
         )
@@ -103,15 +147,42 @@ class Strata:
     @property
     def num_strata(self) -> int:
         """Return S."""
-        return len(self.edges) + 1
+        return len(self.names)
+
+    @cached_property
+    def border_ties(self) -> tuple[int, ...]:
+        """Return how many users have the greatest activeness below each edge, S - 1 counts.
+
+        They are never parted: all of them are below the edge, which is why a stratum may have
+        that many users more than the share that was asked for.
+        """
+        values, counts = np.unique(self.activeness, return_counts=True)
+        below = np.searchsorted(values, self.edges) - 1
+        return tuple(counts[below].tolist()) if self.edges else ()
 
     def route(self, activeness: npt.ArrayLike) -> IntArray:
-        """Return the strata of users by their numbers of events, int64 of the same shape."""
-        return np.searchsorted(np.asarray(self.edges, np.int64), activeness, side="right")
+        """Return the strata of users by their numbers of events, int64 of the same shape.
+
+        Args:
+            activeness: Numbers of events.
+
+        Raises:
+            StrataError: The strata are made from labels.
+        """
+        if not self.edges:
+            raise StrataError(
+                "strata from labels: activeness does not tell the stratum; "
+                "pass the strata of new users yourself"
+            )
+        return _route(self.edges, activeness)
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return a row a stratum: its name, users and training events with their shares."""
+        """Return a row a stratum: its name, users and training events with their shares.
+
+        ``border_ties`` are the users on the stratum's upper border (see there), None without one.
+        """
         users, events = self.user_counts, self.event_counts
+        ties = [*self.border_ties, *[None] * self.num_strata]
         return [
             {
                 "stratum": s,
@@ -120,9 +191,24 @@ class Strata:
                 "user_share": float(users[s] / users.sum()),
                 "events": int(events[s]),
                 "event_share": float(events[s] / events.sum()),
+                "border_ties": ties[s],
             }
             for s, name in enumerate(self.names)
         ]
+
+
+def _trainable(store: SequenceStore, split: Split) -> IntArray:
+    activeness = split.train_lengths(store)
+    if int(activeness.max()) < _MIN_TRAINABLE:
+        raise StrataError(
+            f"log {store.source}: no user has two training events (of {store.num_users:,} "
+            "users), so nothing can be learned; check that --user-col names the user column"
+        )
+    return activeness
+
+
+def _route(bounds: Sequence[int], activeness: npt.ArrayLike) -> IntArray:
+    return np.searchsorted(np.asarray(bounds, np.int64), activeness, side="right")
 
 
 def _parse(edges: str | Sequence[int], activeness: IntArray) -> tuple[str, tuple[int, ...]]:
@@ -195,8 +281,7 @@ def _check_populated(spec: str, bounds: tuple[int, ...], activeness: IntArray) -
 
 
 def _user_counts(bounds: tuple[int, ...], activeness: IntArray) -> IntArray:
-    ids = np.searchsorted(bounds, activeness, side="right")
-    return np.bincount(ids, minlength=len(bounds) + 1)
+    return np.bincount(_route(bounds, activeness), minlength=len(bounds) + 1)
 
 
 def _fix(spec: str, activeness: IntArray) -> str:

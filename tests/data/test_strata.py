@@ -44,6 +44,7 @@ def test_describe_gives_shares(strata_of):
     assert [row["name"] for row in rows] == ["tail", "head"]
     assert [row["user_share"] for row in rows] == [0.75, 0.25]
     assert [row["event_share"] for row in rows] == [0.5, 0.5]
+    assert [row["border_ties"] for row in rows] == [3, None]
 
 
 @settings(deadline=None, max_examples=60)
@@ -160,3 +161,66 @@ def test_log_without_a_trainable_user_is_refused(store_of):
         store = store_of(users, range(len(users)))
         with pytest.raises(StrataError, match=r"no user has two training events .*--user-col"):
             Strata.by_activeness(store, split=SPLIT, edges="head:0.2")
+
+
+@settings(deadline=None, max_examples=40)
+@given(activeness=st.lists(st.integers(1, 12), min_size=3, max_size=60), data=st.data())
+def test_border_ties_are_the_users_that_a_cut_would_part(strata_of, activeness, data):
+    assume(max(activeness) >= 2)
+    share = data.draw(st.sampled_from([0.1, 0.2, 0.3, 0.5]))
+    quantile = np.quantile(activeness, 1 - share) + 1e-6
+    assume(max(activeness) > quantile)
+    strata = strata_of(activeness, f"head:{share}")
+    border = max(n for n in activeness if n <= quantile)
+    assert strata.border_ties == (activeness.count(border),)
+    # The head is smaller than asked for by no more than the tied users.
+    missing = share * len(activeness) - strata.user_counts[1]
+    assert missing <= strata.border_ties[0] + 1
+
+
+def test_labels_make_strata(store_with_lengths):
+    store = store_with_lengths([4, 5, 6, 7])
+    for labels, names, ids in (
+        (["nl", "de", "nl", "fr"], ("de", "fr", "nl"), [2, 0, 2, 1]),
+        (np.array([7, -1, 7, 7]), ("-1", "7"), [1, 0, 1, 1]),
+        (np.array(["b", "a", "a", "b"], object), ("a", "b"), [1, 0, 0, 1]),
+        ([True, False, False, True], ("False", "True"), [1, 0, 0, 1]),
+    ):
+        strata = Strata.from_labels(store, labels, split=SPLIT)
+        assert strata.names == names
+        assert strata.ids.tolist() == ids
+        assert strata.ids.dtype == np.int64
+        assert strata.num_strata == len(names)
+        assert strata.activeness.tolist() == [2, 3, 4, 5]
+        assert strata.user_counts.sum() == 4
+        assert strata.event_counts.sum() == 14
+        assert strata.spec == "labels"
+        assert strata.edges == strata.border_ties == ()
+        assert [row["border_ties"] for row in strata.describe()] == [None] * len(names)
+        with pytest.raises(StrataError, match="activeness does not tell the stratum"):
+            strata.route([3])
+
+
+def test_fingerprint_of_labels_depends_on_who_has_which(store_with_lengths):
+    store = store_with_lengths([4, 5, 6])
+    prints = {
+        Strata.from_labels(store, labels, split=SPLIT).fingerprint
+        for labels in ([0, 0, 1], [0, 1, 0], [0, 0, 2], ["0", "0", "3"])
+    }
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        ([1, 2], r"one for each of 3 users .*got shape \(2,\); order them like store.user_ids"),
+        ([[1], [2], [3]], r"got shape \(3, 1\)"),
+        ([1.0, 2.0, float("nan")], "expected integers or strings, got float64"),
+        (["a", None, "b"], "expected integers or strings, got object"),
+        ([3, 3, 3], "expected two or more, got only 3"),
+    ],
+)
+def test_bad_labels_are_refused_in_one_line(store_with_lengths, labels, match):
+    with pytest.raises(StrataError, match=match) as caught:
+        Strata.from_labels(store_with_lengths([4, 5, 6]), labels, split=SPLIT)
+    assert "\n" not in str(caught.value)
