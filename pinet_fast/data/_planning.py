@@ -147,10 +147,10 @@ def largest_batch(
 
 def most_rows(shares: Sequence[Fraction], bounds: Sequence[Fraction], batch_size: int) -> list[int]:
     """Return the most rows that any batch may have of every stratum."""
-    # A count is never off by its bound on both sides: the difference of two is less than twice it.
-    pairs = zip(shares, bounds, strict=True)
+    # A count is never off by its bound on both sides, so two differ by less than twice the bound.
     return [
-        min(batch_size, math.ceil(share * batch_size + 2 * bound) - 1) for share, bound in pairs
+        max(int(share * batch_size), math.ceil(share * batch_size + 2 * bound) - 1)
+        for share, bound in zip(shares, bounds, strict=True)
     ]
 
 
