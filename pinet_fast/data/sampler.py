@@ -126,22 +126,21 @@ class StratifiedBatchSampler:
         shares = shares_of(mix, strata.names, counts.tolist())
         self.stratum_weights = counts / counts.sum() / np.array(shares, np.float64)
         limit = int(batch_size or max_events or 0)
+        steps = None if steps_per_epoch is None else int(steps_per_epoch)
         self._has_segments = max_events is not None
         lengths = None
         if self._has_segments:
             lengths = _sort_by_length(self._members, strata.activeness, max_len)
         if isinstance(mix, str) and mix == "proportional":
             self.stratum_weights = np.ones(len(counts))
-            if steps_per_epoch is not None:
+            if steps is not None:
                 raise ConfigError(
                     "steps_per_epoch: an epoch of mix 'proportional' is every user once; "
                     "leave it out or choose another mix"
                 )
             sized = _planning.deal(counts, lengths, limit, self.drop_last)
         else:
-            sized = _planning.stream(
-                counts, lengths, shares, limit, self.drop_last, steps_per_epoch
-            )
+            sized = _planning.stream(counts, lengths, shares, limit, self.drop_last, steps)
         self._plan, self.batch_size, smallest = sized
         self._num_batches = self._plan.num_batches
         if smallest < self.world_size:
@@ -149,10 +148,10 @@ class StratifiedBatchSampler:
                 f"world_size: the smallest batch has {smallest:,} users for {self.world_size} "
                 "ranks; choose another batch_size or max_events, or drop_last"
             )
+        longest = None if max_events is None or max_len is None else int(max_len)
         options = [
-            *(strata.fingerprint, type(self._plan).__name__, batch_size, max_events),
-            *(max_events and max_len, self.min_activeness, self.drop_last, self._num_batches),
-            list(map(str, shares)),
+            *(strata.fingerprint, type(self._plan).__name__, self._has_segments, limit, longest),
+            *(self.min_activeness, self.drop_last, self._num_batches, list(map(str, shares))),
         ]
         self.fingerprint = hashlib.sha256(json.dumps(options).encode()).hexdigest()
 

@@ -194,23 +194,25 @@ def test_a_state_goes_on_in_another_world_size(build, before, after):
 
 @pytest.mark.parametrize("options", [{"batch_size": 8}, {"max_events": 180, "max_len": 20}])
 @pytest.mark.parametrize("mix", ["proportional", "uniform"])
-def test_users_of_two_strata_meet_as_often_as_theory_says(options, mix):
+def test_users_meet_as_often_as_theory_says(options, mix):
     counts, epochs = (30, 18), 500
     strata = strata_of(counts)
     sampler = StratifiedBatchSampler(strata, mix=mix, seed=4, **options)
     tail, head = (np.flatnonzero(strata.ids == s) for s in (0, 1))
-    meetings, chance, variance = np.zeros((30, 18)), 0.0, 0.0
+    meetings, due_across, due_within = np.zeros((48, 48)), 0.0, 0.0
     for epoch in range(epochs):
         for step in range(len(sampler)):
             users = sampler.batch(epoch, step)
             hits = np.bincount(users, minlength=48)
-            meetings += hits[tail][:, None] * hits[head]
+            meetings += np.outer(hits, hits)
             quotas = np.bincount(strata.ids[users], minlength=2)
-            p = quotas[0] * quotas[1] / (30 * 18)
-            chance += p
-            variance += p
-    scores = (meetings - chance) / math.sqrt(variance)
-    assert np.abs(scores).max() < LIMIT
+            due_across += quotas[0] * quotas[1] / (30 * 18)
+            due_within += quotas[0] * (quotas[0] - 1) / (30 * 29)
+    across = meetings[np.ix_(tail, head)]
+    assert np.abs(across - due_across).max() < LIMIT * math.sqrt(due_across)
+    if "batch_size" in options:  # else, users of similar length meet less often, by design
+        within = meetings[np.ix_(tail, tail)][np.triu_indices(30, 1)]
+        assert np.abs(within - due_within).max() < LIMIT * math.sqrt(due_within)
 
 
 def test_weights_make_the_mean_of_batches_that_of_users():
@@ -239,6 +241,20 @@ def test_epochs_of_a_mix_are_as_long_as_proportional_ones():
     stream = [users.tolist() for users in [*sampler, *sampler]]
     other = StratifiedBatchSampler(strata, batch_size=7, mix="uniform", steps_per_epoch=18)
     assert [users.tolist() for users in other] == stream
+
+
+def test_integers_of_numpy_are_integers():
+    strata = strata_of([20, 5])
+    plain = {"batch_size": 7, "mix": "sqrt", "steps_per_epoch": 3, "seed": 1, "world_size": 2}
+    one = StratifiedBatchSampler(strata, **plain)
+    typed = {name: np.int64(v) if isinstance(v, int) else v for name, v in plain.items()}
+    two = StratifiedBatchSampler(strata, **typed)
+    assert one.state_dict() == two.state_dict()
+    assert [users.tolist() for users in one] == [users.tolist() for users in two]
+    limits = {"max_events": 200, "max_len": 9}
+    one = StratifiedBatchSampler(strata, **limits)
+    two = StratifiedBatchSampler(strata, **{name: np.int64(v) for name, v in limits.items()})
+    assert one.fingerprint == two.fingerprint
 
 
 def test_a_stratum_smaller_than_its_quota_is_repeated():
