@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinet_fast.data import Strata, StratifiedBatchSampler
+from pinet_fast.data import RaggedLoader, Split, Strata, StratifiedBatchSampler
 from pinet_fast.errors import CheckpointError, ConfigError
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=6)
@@ -300,3 +300,26 @@ def test_states_of_other_mixes_are_refused():
     ):
         with pytest.raises(CheckpointError, match="belongs to another"):
             StratifiedBatchSampler(strata, **options).load_state_dict(state)
+
+
+@pytest.mark.parametrize("mix", ["proportional", "uniform"])
+def test_ranks_of_a_loader_together_stay_within_the_limit(store_with_lengths, mix):
+    rng = np.random.default_rng(5)
+    store = store_with_lengths(rng.integers(1, 30, 300).tolist())
+    split = Split.leave_one_out()
+    strata = Strata.by_activeness(store, split=split, edges="head:0.2")
+    loaders = [
+        RaggedLoader(
+            store,
+            StratifiedBatchSampler(
+                strata, max_events=400, max_len=12, mix=mix, rank=rank, world_size=2
+            ),
+            split=split,
+            strata=strata,
+            max_len=12,
+        )
+        for rank in range(2)
+    ]
+    totals = [sum(len(batch.values) for batch in batches) for batches in zip(*loaders, strict=True)]
+    assert max(totals) <= 400
+    assert np.mean(totals) > 300
