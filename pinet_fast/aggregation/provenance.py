@@ -196,7 +196,8 @@ def _attention(node: Any, shape: Shape) -> _Node:
 _ELEMENTWISE = (
     "Abs", "Add", "Clone", "Copy", "Cos", "Cumsum", "Div", "Elu", "Exp", "Gelu", "Hardswish",
     "LeakyRelu", "Log", "LogSigmoid", "LogSoftmax", "MaskedFill", "Mul", "NativeDropout", "Neg",
-    "Pow", "Relu", "Rsqrt", "SafeSoftmax", "Sigmoid", "Silu", "Sin", "Softmax", "Softplus", "Sqrt", "Sub",
+    "Pow", "Relu", "Rsqrt", "SafeSoftmax", "Sigmoid", "Silu", "Sin", "Softmax", "Softplus",
+    "Sqrt", "Sub",
     "Tanh", "ToCopy", "Where", "Alias", "Threshold", "Hardtanh",
 )  # fmt: skip
 
