@@ -1,0 +1,113 @@
+"""The least time that memory allows for gathering a batch, and how near a measurement comes.
+
+Of every user a batch reads one line of the offsets (an int64 pair spans 1.125 lines of 64 bytes on
+average) and one line of each gathered column at a random place, and copies the rest in order::
+
+    floor = sum over users of (1.125 + C) * line_seconds + events * b / copy_rate
+
+with C columns and b bytes of an event over all columns. ``line_seconds`` is the cost of one of
+many independent random reads, ``copy_rate`` bytes a second of copying a batch; both are measured
+on the machine. eta = floor / measured time is at most about 1.
+"""
+
+# mypy: disallow-untyped-decorators=false
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+LINES_OF_OFFSETS = 1.125
+_LINE = 64  # bytes
+_TRIES = 5
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class MemoryFloor:
+    """What a random line and a copied byte cost on this machine.
+
+    Attributes:
+        line_seconds: Seconds of one of many independent random reads.
+        copy_rate: Bytes a second of copying blocks of the size of a batch out of a large table.
+    """
+
+    line_seconds: float
+    copy_rate: float
+
+    @classmethod
+    def measure(
+        cls, *, table_bytes: int = 256 << 20, copy_bytes: int = 1 << 19, seed: int = 0
+    ) -> MemoryFloor:
+        """Measure both; each is the best of five tries.
+
+        Args:
+            table_bytes: Size of the table that is read at random; far above the caches.
+            copy_bytes: Size of the copied block.
+            seed: Decides the places.
+
+        Returns:
+            The costs.
+        """
+        table = np.ones(table_bytes // 8, np.int64)
+        tries = np.array_split(random_places(len(table), seed), _TRIES)
+        target = np.empty(copy_bytes // 8, np.int64)
+        read_at(table, tries[0][:8])  # compiles
+        # Other places every time: lines that were read before are in a cache.
+        lines = [_seconds(read_at, table, places) / len(places) for places in tries]
+        copies = [_seconds(_copy, table, target) for _ in range(_TRIES)]
+        copied = len(table) // len(target) * target.nbytes
+        return cls(min(lines), copied / min(copies))
+
+    def seconds(self, users: int, events: int, *, event_bytes: int = 4, columns: int = 1) -> float:
+        """Return the least time for a batch on one thread.
+
+        Args:
+            users: B.
+            events: T, after cutting.
+            event_bytes: Bytes of an event over all columns.
+            columns: Gathered columns, C.
+        """
+        lines = users * (LINES_OF_OFFSETS + columns)
+        return lines * self.line_seconds + events * event_bytes / self.copy_rate
+
+
+def random_places(num_values: int, seed: int = 0, count: int = 1 << 20) -> npt.NDArray[np.int64]:
+    """Return random indices of int64 values, no two in one line of memory.
+
+    Args:
+        num_values: Length of the table.
+        seed: Decides the places.
+        count: Places at most; fewer where the table has fewer lines.
+    """
+    per_line = _LINE // 8
+    lines = np.random.default_rng(seed).permutation(num_values // per_line)[:count]
+    return lines * per_line
+
+
+@njit(nogil=True, cache=True)
+def read_at(table: Array, places: Array) -> int:
+    """Add up the table at the places: independent reads that may overlap."""
+    total = 0
+    for place in places:
+        total += table[place]
+    return total
+
+
+def _copy(table: Array, target: Array) -> None:
+    """Copy the table block by block to the same place, as a batch is: out of memory, not caches."""
+    size = len(target)
+    for first in range(0, len(table) - size + 1, size):
+        np.copyto(target, table[first : first + size])
+
+
+def _seconds(function: Any, *arguments: Any) -> float:
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
