@@ -2,21 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pinet_fast.aggregation.strata_index import StrataIndex
-from pinet_fast.data.batch import RaggedBatch
+from pinet_fast.data import _njit
+from pinet_fast.data.batch import RaggedBatch, sorted_strata
 from pinet_fast.errors import ConfigError, StrataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pinet_fast.data._blocks import Layout
     from pinet_fast.data.store import SequenceStore
     from pinet_fast.data.strata import Strata
 
 IntArray = npt.NDArray[np.int64]
+
+
+def spans_of(starts: IntArray, lengths: IntArray, strata: Strata) -> IntArray:
+    """Return where every user begins, the training events and the stratum, int64 [2 U].
+
+    The three lie in one line of memory, see ``_njit.plan``.
+    """
+    if strata.num_strata >= 1 << _njit.SPAN_BITS:
+        raise StrataError(
+            f"strata {strata.spec!r}: expected fewer than {1 << _njit.SPAN_BITS:,}, "
+            f"got {strata.num_strata:,}"
+        )
+    spans = np.empty(2 * len(starts), np.int64)
+    spans[::2] = starts
+    spans[1::2] = lengths << _njit.SPAN_BITS | strata.ids
+    return spans
+
+
+@dataclass(frozen=True, eq=False)
+class Assembly:
+    """How a batch lies in its block, and what of it stays on the host.
+
+    Attributes:
+        layout: Places of the arrays; their names are the fields of a batch, or ``strata_ids``,
+            ``event_ids`` and ``lengths`` of its strata.
+        max_len: Events of the longest sequence.
+        user_offsets: Row offsets of the users by stratum, S + 1 ints.
+        event_offsets: Row offsets of the events by stratum.
+    """
+
+    layout: Layout
+    max_len: int
+    user_offsets: tuple[int, ...]
+    event_offsets: tuple[int, ...]
+
+    def batch(self, strata: Strata, block: Tensor) -> RaggedBatch:
+        """Return the batch whose tensors are views of a filled block."""
+        parts: dict[str, Any] = dict(self.layout.tensors(block))
+        index = sorted_strata(
+            parts.pop("strata_ids"),
+            parts.pop("event_ids"),
+            parts.pop("lengths"),
+            user_offsets=self.user_offsets,
+            event_offsets=self.event_offsets,
+            user_counts=tuple(strata.user_counts.tolist()),
+            event_counts=tuple(strata.event_counts.tolist()),
+        )
+        for name in ("targets", "negatives", "weights", "negatives_log_q"):
+            parts.setdefault(name, None)
+        return RaggedBatch(strata=index, max_len=self.max_len, **parts)
 
 
 def offsets_of(lengths: IntArray) -> IntArray:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.errors import NumbaError, TypingError
@@ -46,7 +46,8 @@ def _ask(typing: Any, array: Any, index: Any) -> Any:
         bytes_pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
         place = builder.bitcast(builder.gep(data, [arguments[1]]), bytes_pointer)
         kind = ir.FunctionType(ir.VoidType(), [bytes_pointer, number, number, number])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        declare: Any = cgutils.get_or_insert_function
+        function = declare(builder.module, kind, "llvm.prefetch.p0")
         # A read, to be kept in all caches, of data.
         builder.call(function, [place, number(0), number(3), number(1)])
         return context.get_dummy_value()

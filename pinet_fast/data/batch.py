@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pinet_fast.aggregation.strata_index import RowGroups, StrataIndex
+from pinet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
-    import torch
-    from torch import Tensor
+Side = Literal["left", "right"]
 
-    from pinet_fast.aggregation.strata_index import StrataIndex
+_TENSORS = (
+    "values", "offsets", "users", "targets", "negatives", "weights", "negatives_log_q"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +33,13 @@ class RaggedBatch:
         offsets: int64 [B + 1]; user ``b`` owns events ``offsets[b]`` to ``offsets[b + 1]``.
         strata: Strata of the users and, through the lengths, of the events.
         users: Row numbers of the store, int64 [B].
-        targets: Item to be predicted at every event, int64 [T], or None.
-        negatives: Items that are no target, int64 [T, n], or None.
+        targets: Item to be predicted at every event, int64 [T], or one for every user, int64 [B],
+            or None.
+        negatives: Items drawn as negatives, int64 [T, n] (a target each), [B, n] or [n], or None.
         max_len: Events of the longest sequence of this batch; on the host, so that a model need
             not wait for the device to learn it.
+        weights: Weight of every user in an unbiased mean, float32 [B], or None where all are 1.
+        negatives_log_q: Log-probability of every negative, float32 in their shape, or None.
     """
 
     values: Tensor
@@ -38,6 +49,12 @@ class RaggedBatch:
     targets: Tensor | None
     negatives: Tensor | None
     max_len: int
+    weights: Tensor | None = None
+    negatives_log_q: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return B."""
+        return self.num_users
 
     @property
     def lengths(self) -> Tensor:
@@ -63,15 +80,67 @@ class RaggedBatch:
         """Return the batch in page-locked memory, for ``to(device, non_blocking=True)``."""
         return self._mapped(lambda tensor: tensor.pin_memory())
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> RaggedBatch:
-        return replace(
-            self,
-            values=function(self.values),
-            offsets=function(self.offsets),
-            users=function(self.users),
-            targets=None if self.targets is None else function(self.targets),
-            negatives=None if self.negatives is None else function(self.negatives),
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Tell the allocator that a stream uses the batch, as ``Tensor.record_stream`` does."""
+        for tensor in pytree.tree_leaves(self):
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+                tensor.record_stream(stream)
+
+    def to_padded(
+        self, side: Side = "right", value: int = 0, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """Return one row a user, padded to ``max_len`` columns.
+
+        Args:
+            side: Where the padding is: ``"left"`` or ``"right"``.
+            value: What it is.
+            rows: What to lay out, a row for every event, [T, ...]; None for the values.
+
+        Returns:
+            A new tensor [B, max_len, ...].
+
+        Raises:
+            ConfigError: Another side, or another number of rows.
+        """
+        if rows is None:
+            rows = self.values
+        if rows.dim() == 0 or len(rows) != self.num_events:
+            raise ConfigError(
+                f"rows: expected one for each of the {self.num_events} events, "
+                f"got shape {list(rows.shape)}"
+            )
+        mask = self.padded_mask(side)
+        out = rows.new_full((*mask.shape, *rows.shape[1:]), value)
+        out[mask] = rows
+        return out
+
+    def padded_mask(self, side: Side = "right") -> Tensor:
+        """Return where ``to_padded`` puts events, bool [B, max_len].
+
+        Args:
+            side: As there.
+
+        Raises:
+            ConfigError: Another side.
+        """
+        if side not in get_args(Side):
+            raise ConfigError(f"side: expected 'left' or 'right', got {side!r}")
+        column = torch.arange(self.max_len, device=self.values.device)
+        lengths = self.lengths.unsqueeze(1)
+        return column < lengths if side == "right" else column >= self.max_len - lengths
+
+    def to_nested(self) -> Tensor:
+        """Return the values as a jagged nested tensor, a view of them."""
+        return torch.nested.nested_tensor_from_jagged(
+            self.values, self.offsets, max_seqlen=self.max_len
         )
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> RaggedBatch:
+        changed: dict[str, Any] = {
+            name: None if (tensor := getattr(self, name)) is None else function(tensor)
+            for name in _TENSORS
+        }
+        return replace(self, **changed)
 
     def __repr__(self) -> str:
         parts = [f"users=[{self.num_users}]", f"values=[{self.num_events}]"]
@@ -83,3 +152,63 @@ class RaggedBatch:
             f"RaggedBatch({', '.join(parts)}, strata={self.strata.num_strata}, "
             f"max_len={self.max_len}, device={self.values.device})"
         )
+
+
+def _flatten(batch: RaggedBatch) -> tuple[list[Any], int]:
+    return [*(getattr(batch, name) for name in _TENSORS), batch.strata], batch.max_len
+
+
+def _unflatten(children: Iterable[Any], max_len: int) -> RaggedBatch:
+    *tensors, strata = children
+    parts = dict(zip(_TENSORS, tensors, strict=True))
+    return RaggedBatch(strata=strata, max_len=max_len, **parts)
+
+
+def _flatten_strata(index: StrataIndex) -> tuple[list[Any], tuple[Any, ...]]:
+    users, events = index.users, index.events
+    tensors = [index.ids, index.lengths, users.ids, users.order]
+    if events is not None:
+        tensors += [events.ids, events.order]
+    about = (index.num_strata, index.user_counts, index.event_counts, users.offsets)
+    return tensors, (*about, None if events is None else events.offsets)
+
+
+def _unflatten_strata(children: Iterable[Any], about: tuple[Any, ...]) -> StrataIndex:
+    ids, lengths, user_ids, user_order, *event_parts = children
+    num_strata, user_counts, event_counts, user_offsets, event_offsets = about
+    index = object.__new__(StrataIndex)
+    index.ids, index.lengths, index.num_strata = ids, lengths, num_strata
+    index.user_counts, index.event_counts = user_counts, event_counts
+    index.users = RowGroups(user_ids, num_strata, user_offsets, user_order)
+    index.events = None
+    if event_parts:
+        event_ids, event_order = event_parts
+        index.events = RowGroups(event_ids, num_strata, event_offsets, event_order)
+    return index
+
+
+def sorted_strata(
+    ids: Tensor,
+    event_ids: Tensor,
+    lengths: Tensor,
+    *,
+    user_offsets: tuple[int, ...],
+    event_offsets: tuple[int, ...],
+    user_counts: tuple[int, ...],
+    event_counts: tuple[int, ...],
+) -> StrataIndex:
+    """Return the index of users that are known to be sorted by stratum, without looking at them.
+
+    On a device, the checks of ``StrataIndex`` would wait for it.
+    """
+    num_strata = len(user_offsets) - 1
+    about = (num_strata, user_counts, event_counts, user_offsets, event_offsets)
+    return _unflatten_strata([ids, lengths, ids, None, event_ids, None], about)
+
+
+pytree.register_pytree_node(
+    RaggedBatch, _flatten, _unflatten, serialized_type_name="pinet_fast.RaggedBatch"
+)
+pytree.register_pytree_node(
+    StrataIndex, _flatten_strata, _unflatten_strata, serialized_type_name="pinet_fast.StrataIndex"
+)

@@ -1,21 +1,31 @@
-"""Turns drawn users into ragged training batches."""
+"""Turns drawn users into ragged training batches, in the calling thread or ahead in others."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from pinet_fast import profiling
-from pinet_fast.data import _njit
-from pinet_fast.data._assemble import check_max_len, check_strata, offsets_of, ragged_batch
+from pinet_fast.data._assemble import check_max_len, check_strata
+from pinet_fast.data._blocks import Ring, Slot
+from pinet_fast.data._pipeline import Pipeline
+from pinet_fast.data._windows import BatchBuilder, fresh_slot
 from pinet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from types import TracebackType
 
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from pinet_fast.data._assemble import Assembly
+    from pinet_fast.data._windows import Crop, Targets
     from pinet_fast.data.batch import RaggedBatch
     from pinet_fast.data.negatives import Negatives
     from pinet_fast.data.sampler import StratifiedBatchSampler
@@ -23,27 +33,153 @@ if TYPE_CHECKING:
     from pinet_fast.data.store import SequenceStore
     from pinet_fast.data.strata import Strata
 
-IntArray = npt.NDArray[np.int64]
+Lifetime = Literal["copy", "lease"]
 
 _MIN_TRAINABLE = 2
+
+
+@dataclass(frozen=True)
+class LoaderStats:
+    """What a loader did since it was made; rates are by the time spent iterating.
+
+    Attributes:
+        batches: Batches handed out.
+        users: Their users.
+        events: Their events.
+        num_bytes: Their bytes.
+        seconds: From asking for a batch to asking for the next, all added up.
+        wait_seconds: Part of it in which the caller waited for a batch.
+        ring_depth: Batches that lay ready when one was asked for, on average.
+    """
+
+    batches: int = 0
+    users: int = 0
+    events: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    ring_depth: float = 0.0
+
+    @property
+    def wait_share(self) -> float:
+        """Return the share of the time in which the caller waited, 0..1."""
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+    @property
+    def users_per_second(self) -> float:
+        """Return users a second."""
+        return self.users / self.seconds if self.seconds else 0.0
+
+    @property
+    def events_per_second(self) -> float:
+        """Return events a second."""
+        return self.events / self.seconds if self.seconds else 0.0
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Return bytes a second."""
+        return self.num_bytes / self.seconds if self.seconds else 0.0
+
+
+@dataclass(eq=False)
+class _Made:
+    """A batch that is built but not handed out.
+
+    Attributes:
+        assembly: What turns the block into a batch.
+        block: The block, on the device of the batch.
+        slot: The host memory, where it is lent by the ring.
+        is_leased: Whether the batch lies in the slot.
+        copied: What says that the copy to the device has ended, or None where there was none.
+    """
+
+    assembly: Assembly
+    block: Tensor
+    slot: Slot | None = None
+    is_leased: bool = False
+    copied: torch.cuda.Event | None = None
+
+    def hand_out(self, strata: Strata) -> RaggedBatch:
+        """Return the batch; the present stream will wait for the copy, the host does not."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream(self.block.device)
+            stream.wait_event(self.copied)
+            self.block.record_stream(stream)
+        return self.assembly.batch(strata, self.block)
+
+
+class _Maker:
+    """Builds batches and, with a CUDA device, begins their copy; threads share it."""
+
+    def __init__(
+        self, builder: BatchBuilder, device: torch.device | None, *, is_leased: bool
+    ) -> None:
+        self._builder = builder
+        self._device = None if device is None or device.type == "cpu" else device
+        self._is_cuda = self._device is not None and self._device.type == "cuda"
+        self._is_leased = is_leased and self._device is None
+        self._stream: torch.cuda.Stream | None = None  # made at the first copy
+        self._lock = threading.Lock()
+        self.ring = Ring(pinned=self._is_cuda)
+
+    def make(self, epoch: int, step: int, users: npt.NDArray[np.int64]) -> _Made:
+        """Build one batch."""
+        take = self.ring.take if self._is_leased or self._is_cuda else fresh_slot
+        with profiling.GATHER:
+            slot, assembly = self._builder.build(epoch, step, users, take)
+        block = slot.memory[: assembly.layout.num_words]
+        if self._is_cuda:
+            return self._copied(slot, block, assembly)
+        if self._device is not None:
+            return _Made(assembly, block.to(self._device))
+        return _Made(assembly, block, slot if self._is_leased else None, self._is_leased)
+
+    def discard(self, made: _Made) -> None:
+        """Take back what a batch that nobody gets was lent."""
+        if made.is_leased and made.slot is not None:
+            self.ring.put(made.slot)
+
+    def _copied(self, slot: Slot, block: Tensor, assembly: Assembly) -> _Made:
+        with self._lock:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            moved = block.to(self._device, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(self._stream)
+        # Lent again at once: whoever takes it waits for the event first.
+        slot.copied = event
+        self.ring.put(slot)
+        return _Made(assembly, moved, copied=event)
 
 
 class RaggedLoader:
     """Yields the batches of an epoch; iterate again for the next one.
 
-    Of every drawn user it takes the last ``max_len + 1`` training events: all but the last are the
-    values, all but the first the targets. Held-out events are never read. There are no threads yet:
-    a batch is built in the calling thread when it is asked for, and ``close`` has nothing to stop.
+    Only training events are read. The stream is the same for any number of threads, and the state
+    counts batches that were handed out, not those built ahead.
 
     Args:
         store: The sequences.
         sampler: Draws the users; it holds the position.
         split: Which events are training events.
         strata: The strata that the sampler draws from.
-        max_len: Events of a sequence at most; the latest are kept.
-        targets: Only ``"next"``, the event that follows, exists so far.
-        negatives: Negatives of every target, or None for none.
-        seed: Decides the negatives, together with the epoch; the order is up to the sampler's.
+        max_len: Events of a sequence at most.
+        targets: ``"next"``: the event after every event, int64 [T]; ``"last"``: the event after
+            the last one, int64 [B]; None: none. Values and targets together are a window of
+            ``max_len + 1`` events (``max_len`` with None).
+        crop: Which window of a user's training events: ``"tail"``, the last one;
+            ``"random_window"``, one that begins anywhere; ``"prefix"``, the last one of the first
+            m events, m drawn from all that leave a target. Drawn by (seed, epoch, user).
+        negatives: Negatives, or None for none.
+        seed: Decides crops and negatives, together with the epoch; the order is the sampler's.
+        threads: Threads that build batches ahead; 0 builds each when it is asked for. One is
+            enough unless ``stats().wait_share`` says otherwise; they start at the first batch.
+        prefetch: Batches that are built ahead at most, with threads.
+        device: Where batches go; None leaves them in main memory. With a CUDA device each is one
+            page-locked block, copied on a stream of its own.
+        lifetime: ``"copy"``: a batch owns its memory; ``"lease"``: the memory of a batch is used
+            again once the next one is asked for. On another device a batch always owns its memory.
 
     Raises:
         ConfigError: An option out of its range, or a sampler of other strata.
@@ -59,17 +195,25 @@ class RaggedLoader:
         split: Split,
         strata: Strata,
         max_len: int,
-        targets: str = "next",
+        targets: Targets | None = "next",
+        crop: Crop = "tail",
         negatives: Negatives | None = None,
         seed: int = 0,
+        threads: int = 0,
+        prefetch: int = 3,
+        device: torch.device | str | None = None,
+        lifetime: Lifetime = "copy",
     ) -> None:
         check_max_len(max_len)
         check_strata(store, strata)
-        if targets != "next":
-            raise ConfigError(f"targets: only 'next' exists so far, got {targets!r}")
+        for name, value, least in (("threads", threads, 0), ("prefetch", prefetch, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}: expected an integer >= {least}, got {value!r}")
+        if lifetime not in get_args(Lifetime):
+            raise ConfigError(f"lifetime: expected 'copy' or 'lease', got {lifetime!r}")
         if sampler.strata.fingerprint != strata.fingerprint:
             raise ConfigError("loader: the sampler draws from other strata; give both the same")
-        if sampler.min_activeness < _MIN_TRAINABLE:
+        if targets is not None and sampler.min_activeness < _MIN_TRAINABLE:
             raise ConfigError(
                 "loader: a next-event target needs two training events; "
                 f"give the sampler min_activeness >= 2, not {sampler.min_activeness}"
@@ -79,20 +223,135 @@ class RaggedLoader:
         self.split = split
         self.strata = strata
         self.max_len = max_len
-        self._train_ends = split.train_ends(store)
-        self._negatives = None if negatives is None else negatives.bind(store, split, seed=seed)
+        self.threads = threads
+        self.prefetch = prefetch
+        self.lifetime = lifetime
+        self.device = None if device is None else torch.device(device)
+        builder = BatchBuilder(
+            store,
+            split=split,
+            strata=strata,
+            max_len=max_len,
+            crop=crop,
+            targets=targets,
+            negatives=None if negatives is None else negatives.bind(store, split, seed=seed),
+            stratum_weights=getattr(sampler, "stratum_weights", None),
+            seed=seed,
+        )
+        self._maker = _Maker(builder, self.device, is_leased=lifetime == "lease")
+        self._pipeline: Pipeline[_Made] | None = None
+        self._epoch = 0  # of the pipeline
+        self._stats = LoaderStats()
+
+    @property
+    def batch_sampler(self) -> StratifiedBatchSampler:
+        """Return the sampler, under the name by which frameworks look for ``set_epoch``."""
+        return self.sampler
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[RaggedBatch]:
-        """Yield the batches from the current position to the end of the epoch."""
+        """Yield the batches from the current position to the end of the epoch.
+
+        One iteration at a time has the threads: another one begins by closing the first one's.
+        """
+        made_batches = self._threaded() if self.threads else self._inline()
+        leased: Slot | None = None
+        try:
+            began = time.perf_counter()
+            for made, depth in made_batches:
+                batch = made.hand_out(self.strata)
+                leased = made.slot if made.is_leased else None
+                self._count(made, depth, time.perf_counter() - began)
+                began = time.perf_counter()
+                yield batch
+                del batch, made
+                self._spent(time.perf_counter() - began)
+                began = time.perf_counter()
+                if leased is not None:
+                    self._maker.ring.put(leased)
+                    leased = None
+        finally:
+            if leased is not None:
+                self._maker.ring.put(leased)
+            made_batches.close()
+
+    def _inline(self) -> Generator[tuple[_Made, int], None, None]:
         for users in self.sampler:
             # Until the next batch is asked for, the sampler is still in the epoch of this one.
-            with profiling.GATHER:
-                batch = self._batch(users, self.sampler.epoch)
-            yield batch
+            yield self._maker.make(self.sampler.epoch, self.sampler.step - 1, users), 0
+
+    def _threaded(self) -> Generator[tuple[_Made, int], None, None]:
+        sampler, pipeline = self.sampler, None
+        try:
+            while (step := sampler.step) < len(sampler):
+                epoch = sampler.epoch
+                if pipeline is None or not self._serves(pipeline, epoch, step):
+                    pipeline = self._start(epoch, step)
+                depth = pipeline.num_ready
+                made = pipeline.get()
+                self._advance(epoch, step)
+                yield made, depth
+            for _ in sampler:  # at its end already: goes to the next epoch
+                raise AssertionError("the sampler grew while it was read")
+        finally:
+            if pipeline is not None:
+                pipeline.close()
+
+    def _serves(self, pipeline: Pipeline[_Made], epoch: int, step: int) -> bool:
+        is_there = self._epoch == epoch and pipeline.position == step
+        return is_there and pipeline is self._pipeline and pipeline.is_open
+
+    def _start(self, epoch: int, first: int) -> Pipeline[_Made]:
+        if self._pipeline is not None:
+            self._pipeline.close()
+        sampler, maker, planning = self.sampler, self._maker, threading.Lock()
+
+        def build(step: int) -> _Made:
+            with planning:
+                users = sampler.batch(epoch, step)
+            return maker.make(epoch, step, users)
+
+        self._epoch = epoch
+        self._pipeline = Pipeline(
+            build,
+            first=first,
+            last=len(sampler),
+            threads=self.threads,
+            ahead=self.prefetch,
+            discard=maker.discard,
+        )
+        return self._pipeline
+
+    def _advance(self, epoch: int, step: int) -> None:
+        """Count one more batch as handed out; the sampler itself drew none of them."""
+        sampler = self.sampler
+        if step + 1 < len(sampler):
+            sampler.load_state_dict({**sampler.state_dict(), "epoch": epoch, "step": step + 1})
+        else:  # a state never names the end of an epoch, where the sampler has to stay for now
+            next(iter(sampler))
+
+    def _count(self, made: _Made, depth: int, waited: float) -> None:
+        old = self._stats
+        self._stats = replace(
+            old,
+            batches=old.batches + 1,
+            users=old.users + made.assembly.user_offsets[-1],
+            events=old.events + made.assembly.event_offsets[-1],
+            num_bytes=old.num_bytes + 8 * made.assembly.layout.num_words,
+            seconds=old.seconds + waited,
+            wait_seconds=old.wait_seconds + waited,
+            ring_depth=old.ring_depth + (depth - old.ring_depth) / (old.batches + 1),
+        )
+
+    def _spent(self, seconds: float) -> None:
+        self._stats = replace(self._stats, seconds=self._stats.seconds + seconds)
+
+    def stats(self) -> LoaderStats:
+        """Return what the loader did so far."""
+        return self._stats
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the current epoch keeps its position."""
@@ -114,7 +373,11 @@ class RaggedLoader:
         self.sampler.load_state_dict(state)
 
     def close(self) -> None:
-        """Release what the loader holds besides memory: nothing yet."""
+        """Stop the threads and release the ring; iterating again starts them again."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+            self._pipeline = None
+        self._maker.ring.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -126,16 +389,3 @@ class RaggedLoader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _batch(self, users: IntArray, epoch: int) -> RaggedBatch:
-        ends = self._train_ends[users]
-        firsts = self.store.offsets[users]
-        starts = np.maximum(firsts, ends - (self.max_len + 1))
-        offsets = offsets_of(ends - starts - 1)
-        values = np.empty(offsets[-1], np.int64)
-        targets = np.empty(offsets[-1], np.int64)
-        _njit.gather_next(self.store.items, starts, ends, offsets, values, targets)
-        negatives = None
-        if self._negatives is not None:
-            negatives = self._negatives.draw(epoch, users, starts - firsts + 1, offsets)
-        return ragged_batch(self.strata, users, values, offsets, targets, negatives)

@@ -172,8 +172,8 @@ def test_bad_options_are_refused(store_with_lengths):
     store, other = store_with_lengths([4, 5, 9]), store_with_lengths([4, 5, 10])
     with pytest.raises(ConfigError, match="max_len: expected an integer >= 1"):
         make(store, max_len=0)
-    with pytest.raises(ConfigError, match="only 'next' exists"):
-        make(store, targets="last")
+    with pytest.raises(ConfigError, match="targets: expected"):
+        make(store, targets="previous")
     strata = Strata.by_activeness(store, split=SPLIT, edges=[5])
     strange = Strata.by_activeness(other, split=SPLIT, edges=[5])
     options = {"split": SPLIT, "max_len": 3}

@@ -93,9 +93,11 @@ def test_negatives_equal_the_listed_complement(key, num_items, num_draws, data):
     firsts = data.draw(st.lists(st.integers(0, 2**40), min_size=len(users), max_size=len(users)))
     flat = np.array([v for h in histories for v in sorted(h)], np.int32)
     out = np.full(sum(lengths) * num_draws, -7, np.int64)
-    _njit.draw_negatives(
+    _njit.draw_uniform(
         flat,
         offsets_of([len(h) for h in histories]),
+        np.array(users),
+        False,
         num_items,
         np.array(users),
         np.array(firsts),
@@ -103,6 +105,7 @@ def test_negatives_equal_the_listed_complement(key, num_items, num_draws, data):
         np.uint64(key),
         num_draws,
         out,
+        np.zeros(0, np.float32),
     )
     expected = [
         negative_reference(key, user, first + t, j, histories[user], num_items)
