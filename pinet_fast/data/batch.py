@@ -154,36 +154,50 @@ class RaggedBatch:
         )
 
 
-def _flatten(batch: RaggedBatch) -> tuple[list[Any], int]:
-    return [*(getattr(batch, name) for name in _TENSORS), batch.strata], batch.max_len
+# A pytree takes None for a leaf, and functions of tensors cannot: only what is there is flattened,
+# and the names of it are kept beside.
 
 
-def _unflatten(children: Iterable[Any], max_len: int) -> RaggedBatch:
+def _flatten(batch: RaggedBatch) -> tuple[list[Any], tuple[Any, ...]]:
+    present = {name: value for name in _TENSORS if (value := getattr(batch, name)) is not None}
+    return [*present.values(), batch.strata], (tuple(present), batch.max_len)
+
+
+def _unflatten(children: Iterable[Any], about: tuple[Any, ...]) -> RaggedBatch:
     *tensors, strata = children
-    parts = dict(zip(_TENSORS, tensors, strict=True))
+    names, max_len = about
+    parts: dict[str, Any] = {"targets": None, "negatives": None}
+    parts.update(zip(names, tensors, strict=True))
     return RaggedBatch(strata=strata, max_len=max_len, **parts)
+
+
+_STRATA_TENSORS = ("ids", "lengths", "user_ids", "user_order", "event_ids", "event_order")
 
 
 def _flatten_strata(index: StrataIndex) -> tuple[list[Any], tuple[Any, ...]]:
     users, events = index.users, index.events
     tensors = [index.ids, index.lengths, users.ids, users.order]
-    if events is not None:
-        tensors += [events.ids, events.order]
+    tensors += [None, None] if events is None else [events.ids, events.order]
+    present = {
+        name: value for name, value in zip(_STRATA_TENSORS, tensors, strict=True)
+        if value is not None
+    }  # fmt: skip
     about = (index.num_strata, index.user_counts, index.event_counts, users.offsets)
-    return tensors, (*about, None if events is None else events.offsets)
+    event_offsets = None if events is None else events.offsets
+    return [*present.values()], (tuple(present), *about, event_offsets)
 
 
 def _unflatten_strata(children: Iterable[Any], about: tuple[Any, ...]) -> StrataIndex:
-    ids, lengths, user_ids, user_order, *event_parts = children
-    num_strata, user_counts, event_counts, user_offsets, event_offsets = about
+    names, num_strata, user_counts, event_counts, user_offsets, event_offsets = about
+    parts = dict(zip(names, children, strict=True))
     index = object.__new__(StrataIndex)
-    index.ids, index.lengths, index.num_strata = ids, lengths, num_strata
+    index.ids, index.lengths, index.num_strata = parts["ids"], parts.get("lengths"), num_strata
     index.user_counts, index.event_counts = user_counts, event_counts
-    index.users = RowGroups(user_ids, num_strata, user_offsets, user_order)
+    user_order, event_order = parts.get("user_order"), parts.get("event_order")
+    index.users = RowGroups(parts["user_ids"], num_strata, user_offsets, user_order)
     index.events = None
-    if event_parts:
-        event_ids, event_order = event_parts
-        index.events = RowGroups(event_ids, num_strata, event_offsets, event_order)
+    if event_offsets is not None:
+        index.events = RowGroups(parts["event_ids"], num_strata, event_offsets, event_order)
     return index
 
 
@@ -202,8 +216,9 @@ def sorted_strata(
     On a device, the checks of ``StrataIndex`` would wait for it.
     """
     num_strata = len(user_offsets) - 1
-    about = (num_strata, user_counts, event_counts, user_offsets, event_offsets)
-    return _unflatten_strata([ids, lengths, ids, None, event_ids, None], about)
+    names = ("ids", "lengths", "user_ids", "event_ids")
+    about = (names, num_strata, user_counts, event_counts, user_offsets, event_offsets)
+    return _unflatten_strata([ids, lengths, ids, event_ids], about)
 
 
 pytree.register_pytree_node(

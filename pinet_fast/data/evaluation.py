@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pinet_fast.data import _njit
+from pinet_fast.data import _prefetch
 from pinet_fast.data._assemble import check_max_len, check_strata, offsets_of, ragged_batch
 from pinet_fast.errors import ConfigError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from pinet_fast.data.batch import RaggedBatch
+    from pinet_fast.data.negatives import FrozenNegatives
     from pinet_fast.data.splits import Part, Split
     from pinet_fast.data.store import SequenceStore
     from pinet_fast.data.strata import Strata
@@ -37,6 +38,7 @@ class EvaluationBatch:
         history_offsets: int64 [B + 1].
         users: Row numbers of the store, int64 [B].
         strata_ids: Strata of the users by their training events, int64 [B].
+        negatives: Fixed negatives of every target, int64 [B, n], or None.
     """
 
     batch: RaggedBatch
@@ -45,6 +47,7 @@ class EvaluationBatch:
     history_offsets: Tensor
     users: Tensor
     strata_ids: Tensor
+    negatives: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> EvaluationBatch:
         """Return the batch on a device; tensors that are there already are shared."""
@@ -55,6 +58,9 @@ class EvaluationBatch:
             self.history_offsets.to(device, non_blocking=non_blocking),
             self.users.to(device, non_blocking=non_blocking),
             self.strata_ids.to(device, non_blocking=non_blocking),
+            None
+            if self.negatives is None
+            else self.negatives.to(device, non_blocking=non_blocking),
         )
 
 
@@ -66,6 +72,7 @@ def evaluation_batches(
     part: Part = "test",
     max_len: int,
     batch_size: int,
+    negatives: FrozenNegatives | None = None,
 ) -> Iterator[EvaluationBatch]:
     """Yield every user that has a held-out event once, in blocks of the order of the store.
 
@@ -76,6 +83,8 @@ def evaluation_batches(
         part: ``"valid"`` or ``"test"``; the test history includes the validation event.
         max_len: Events of a sequence at most; the latest are kept.
         batch_size: Users of a batch; the last batch holds the rest.
+        negatives: Negatives for a sampled evaluation, from ``Negatives.frozen`` of the same store
+            and part; None for evaluation on the full catalogue.
 
     Returns:
         An iterator over the batches; inside one, users are stably grouped by stratum.
@@ -88,8 +97,15 @@ def evaluation_batches(
     check_strata(store, strata)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    if negatives is not None and (
+        negatives.store.fingerprint != store.fingerprint or negatives.part != part
+    ):
+        raise ConfigError(
+            f"negatives: frozen for part {negatives.part!r} of {negatives.store.source}, not "
+            f"{part!r} of {store.source}; freeze them for this store and part"
+        )
     users, positions = split.holdout(store, part)
-    return _blocks(store, strata, users, positions, max_len, batch_size)
+    return _blocks(store, strata, users, positions, max_len, batch_size, negatives)
 
 
 def _blocks(
@@ -99,6 +115,7 @@ def _blocks(
     positions: IntArray,
     max_len: int,
     batch_size: int,
+    negatives: FrozenNegatives | None,
 ) -> Iterator[EvaluationBatch]:
     for first in range(0, len(users), batch_size):
         block = users[first : first + batch_size]
@@ -115,11 +132,12 @@ def _blocks(
             history_offsets=torch.from_numpy(history_offsets),
             users=batch.users,
             strata_ids=batch.strata.ids,
+            negatives=None if negatives is None else torch.from_numpy(negatives.draw(block, ends)),
         )
 
 
 def _gathered(store: SequenceStore, starts: IntArray, ends: IntArray) -> tuple[IntArray, IntArray]:
     offsets = offsets_of(ends - starts)
     out = np.empty(offsets[-1], np.int64)
-    _njit.gather(store.items, starts, ends, offsets, out)
+    _prefetch.gather(store.items, starts, ends, offsets, out)
     return out, offsets

@@ -130,7 +130,7 @@ class Negatives:
             )
         starts, ends = store.offsets[:-1], split.train_ends(store)
         key = _key(seed, 0, _FROZEN_STREAM, 0 if part == "valid" else 1)
-        return FrozenNegatives(self, store, key, self._popularity(store, starts, ends))
+        return FrozenNegatives(self, store, part, key, self._popularity(store, starts, ends))
 
     def _popularity(
         self, store: SequenceStore, starts: IntArray, ends: IntArray
@@ -362,12 +362,14 @@ class FrozenNegatives:
     Attributes:
         options: How they are drawn.
         store: The store.
+        part: Which held-out events they belong to.
         key: Decides the draws.
         popularity: Weights of the items, or None where they are equal.
     """
 
     options: Negatives
     store: SequenceStore
+    part: Part
     key: np.uint64
     popularity: Popularity | None = None
 

@@ -1,0 +1,312 @@
+"""Cutting and copying the windows of a batch: against a plain loop, copying, and other builders.
+
+1.5 million users whose lengths follow a Pareto(1.1) law cut to 2..5000 events, batches of 4096,
+the last 200 events of each. The other builders are written here after what their libraries do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from pinet_fast import Negatives, RaggedLoader, Split, Strata, StratifiedBatchSampler, prepare
+from pinet_fast.data import _njit, _prefetch, simulate_log
+from pinet_fast.data.floor import MemoryFloor, random_places, read_at
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+NUM_USERS, NUM_ITEMS, BATCH, MAX_LEN = 1_500_000, 100_000, 4096, 200
+KEY = np.uint64(0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sequences and the batches of users.
+
+    Attributes:
+        items: int32 [E].
+        offsets: int64 [U + 1].
+        spans: What the plan reads, int64 [2 U].
+        batches: Users, int64 [360, 4096], none of them twice: memory, not caches, is measured.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    spans: np.ndarray
+    batches: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    rng = np.random.default_rng(0)
+    lengths = np.clip((rng.pareto(1.1, NUM_USERS) + 1) * 8, 2, 5000).astype(np.int64)
+    offsets = np.concatenate(([0], np.cumsum(lengths)))
+    spans = np.empty(2 * NUM_USERS, np.int64)
+    spans[::2], spans[1::2] = offsets[:-1], lengths << _njit.SPAN_BITS
+    items = rng.integers(1, NUM_ITEMS, offsets[-1], dtype=np.int32)
+    return Case(
+        items, offsets, spans, rng.permutation(NUM_USERS)[: 360 * BATCH].reshape(360, BATCH)
+    )
+
+
+class Gather:
+    """Calls a pair of kernels on one batch after the other, into the same memory."""
+
+    def __init__(self, case: Case, plan: Callable[..., None], gather: Callable[..., None]) -> None:
+        self.case, self.plan, self.gather = case, plan, gather
+        self.parts = [np.empty(BATCH, np.int64) for _ in range(3)]
+        self.offsets, self.ids = np.empty(BATCH + 1, np.int64), np.empty(BATCH, np.int64)
+        self.out = np.empty(BATCH * MAX_LEN, np.int32)
+        self.next = 0
+
+    def batch(self, users: np.ndarray) -> np.ndarray:
+        """Return the events of the windows of some users."""
+        starts, ends, positions = self.parts
+        self.plan(
+            self.case.spans, users, _njit.TAIL, MAX_LEN, 0, KEY,
+            starts, ends, positions, self.offsets, self.ids,
+        )  # fmt: skip
+        self.gather(self.case.items, starts, ends, self.offsets, self.out)
+        return self.out[: self.offsets[-1]]
+
+    def __call__(self) -> None:
+        """Gather the next ten batches."""
+        for _ in range(10):
+            self.batch(self.case.batches[self.next % len(self.case.batches)])
+            self.next += 1
+
+
+def fast(case: Case) -> Gather:
+    return Gather(case, _prefetch.plan, _prefetch.gather)
+
+
+def windows(case: Case, users: np.ndarray) -> list[np.ndarray]:
+    begins, ends = case.offsets[users], case.offsets[users + 1]
+    starts = np.maximum(begins, ends - MAX_LEN)
+    return [case.items[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+def events_of(case: Case) -> float:
+    lengths = np.diff(case.offsets)[case.batches]
+    return float(np.minimum(lengths, MAX_LEN).sum() / len(case.batches))
+
+
+def test_gather_over_plain_loop(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    benchmark.group = "gather"
+    mine, plain = fast(case), Gather(case, _njit.plan, _njit.gather)
+    for users in case.batches[:3]:
+        expected = np.concatenate(windows(case, users))
+        assert (mine.batch(users) == expected).all()
+        assert (plain.batch(users) == expected).all()
+    paired(mine, plain)
+
+
+def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    benchmark.group = "gather"
+    size = int(events_of(case))
+    target, places = np.empty(size, np.int32), iter(range(10**9))
+    num_blocks = len(case.items) // size
+
+    def copy() -> None:
+        for _ in range(10):
+            first = next(places) % num_blocks * size
+            np.copyto(target, case.items[first : first + size])
+
+    paired(fast(case), copy)
+
+
+def test_gather_over_floor(case: Case, benchmark: Any, capsys: Any, tmp_path: Path) -> None:
+    """Eta of the gather, and the cost of a random line against an independent loop in C."""
+    benchmark.group = "gather"
+    size = events_of(case)
+    costs = MemoryFloor.measure(table_bytes=case.items.nbytes, copy_bytes=int(size) * 4 // 8 * 8)
+    in_c = c_line_seconds(tmp_path, case.items.nbytes)
+    mine, times = fast(case), []
+    # One batch at a time, which is short against a time slice of a busy machine.
+    for users in case.batches:
+        started = time.perf_counter()
+        mine.batch(users)
+        times.append(time.perf_counter() - started)
+    seconds = float(np.median(times))
+    benchmark.pedantic(mine, rounds=3, iterations=1)
+    eta = costs.seconds(BATCH, round(size)) / seconds
+    benchmark.extra_info.update(
+        eta=eta, t_rand_ns=costs.line_seconds * 1e9, t_rand_c_ns=in_c * 1e9,
+        copy_gb_per_s=costs.copy_rate / 1e9,
+    )  # fmt: skip
+    with capsys.disabled():
+        print(
+            f"eta {eta:.3f}: {seconds * 1e6:.0f} us a batch, t_rand {costs.line_seconds * 1e9:.1f} "
+            f"ns (C loop {in_c * 1e9:.1f}), copy {costs.copy_rate / 1e9:.1f} GB/s"
+        )
+
+
+C_LOOP = """
+#include <time.h>
+double line_seconds(const long long *table, const long long *places, long long count) {
+  struct timespec a, b;
+  volatile long long total = 0;
+  long long sum = 0;
+  clock_gettime(CLOCK_MONOTONIC, &a);
+  for (long long i = 0; i < count; ++i) sum += table[places[i]];
+  clock_gettime(CLOCK_MONOTONIC, &b);
+  total = sum;
+  (void)total;
+  return ((b.tv_sec - a.tv_sec) + 1e-9 * (b.tv_nsec - a.tv_nsec)) / count;
+}
+"""
+
+
+def c_line_seconds(folder: Path, num_bytes: int) -> float:
+    """Return the cost of a random line by a loop in C, or nan without a compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform == "win32":
+        return float("nan")
+    (folder / "line.c").write_text(C_LOOP)
+    library = folder / "line.so"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(folder / "line.c")]
+    subprocess.run(command, check=True)
+    function = ctypes.CDLL(str(library)).line_seconds
+    function.restype = ctypes.c_double
+    table = np.ones(num_bytes // 8, np.int64)
+    assert read_at(table, random_places(len(table), 1)[:1000]) == 1000
+    pointer = ctypes.POINTER(ctypes.c_longlong)
+    return min(
+        function(table.ctypes.data_as(pointer), places.ctypes.data_as(pointer), len(places))
+        for places in np.array_split(random_places(len(table), 1), 5)
+    )
+
+
+def padded_from_lists(sequences: list[list[int]], users: np.ndarray) -> torch.Tensor:
+    """RecTools' way: Python lists, a float64 matrix filled row by row, then integers."""
+    out = np.zeros((len(users), MAX_LEN))
+    for b, user in enumerate(users.tolist()):
+        row = sequences[user][-MAX_LEN:]
+        out[b, -len(row) :] = row
+    return torch.LongTensor(out)
+
+
+def test_gather_over_rectools_style(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    benchmark.group = "gather"
+    users = case.batches[0]
+    sequences = dict(zip(users.tolist(), (w.tolist() for w in windows(case, users)), strict=True))
+    mine = fast(case)
+    rows = padded_from_lists(sequences, users)
+    assert (rows[rows > 0].numpy() == mine.batch(users)).all()
+    paired(lambda: mine.batch(users), lambda: padded_from_lists(sequences, users), rounds=15)
+
+
+def padded_by_mask(items: torch.Tensor, offsets: torch.Tensor, users: torch.Tensor) -> Any:
+    """RePlay's way: a mask of the padded rectangle, one take, one where."""
+    ends = offsets[users + 1]
+    lengths = torch.minimum(ends - offsets[users], torch.tensor(MAX_LEN))
+    column = torch.arange(MAX_LEN)
+    mask = column >= MAX_LEN - lengths.unsqueeze(1)
+    places = ends.unsqueeze(1) - MAX_LEN + column
+    return torch.where(mask, torch.take(items, places.clamp_(min=0)), 0), mask
+
+
+def test_gather_over_replay_style(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    benchmark.group = "gather"
+    mine, users = fast(case), torch.from_numpy(case.batches[0])
+    items, offsets = torch.from_numpy(case.items), torch.from_numpy(case.offsets)
+    rows, mask = padded_by_mask(items, offsets, users)
+    assert (rows[mask].numpy() == mine.batch(users.numpy())).all()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        paired(
+            lambda: mine.batch(users.numpy()),
+            lambda: padded_by_mask(items, offsets, users),
+            rounds=15,
+        )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_threads_over_one(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    """Ratio of the time of twice the work on two threads: 1 is linear, at most 1.11 is wanted."""
+    benchmark.group = "gather"
+    mine, pair = fast(case), [fast(case), fast(case)]
+
+    def both() -> None:
+        threads = [threading.Thread(target=lambda g=g: (g(), g(), g())) for g in pair]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    paired(both, lambda: (mine(), mine(), mine()))
+
+
+def test_negatives_over_set_rejection(
+    tmp_path: Path, paired: Callable[..., Any], benchmark: Any
+) -> None:
+    benchmark.group = "negatives"
+    store = prepare(
+        simulate_log(tmp_path / "log.parquet", users=6000, items=1500), store_dir=tmp_path
+    )
+    bound = Negatives(1, exclude="history").bind(store, Split.leave_one_out())
+    users = np.random.default_rng(0).permutation(store.num_users)[:1024]
+    begins = bound.history_offsets
+    sets = {u: set(bound.histories[begins[u] : begins[u + 1]].tolist()) for u in users.tolist()}
+    offsets, firsts = np.arange(len(users) + 1) * 30, np.ones(len(users), np.int64)
+    rng = np.random.default_rng(1)
+
+    def rejection() -> np.ndarray:
+        drawn = rng.integers(1, store.num_items + 1, 30 * len(users))
+        for t, item in enumerate(drawn.tolist()):
+            mine = sets[int(users[t // 30])]
+            while item in mine:
+                item = int(rng.integers(1, store.num_items + 1))
+                drawn[t] = item
+        return drawn
+
+    drawn = bound.draw(0, users, firsts, offsets)
+    for found in (drawn.ravel(), rejection()):
+        rows = found.reshape(len(users), 30)
+        pairs = zip(users.tolist(), rows.tolist(), strict=True)
+        assert not any(sets[user] & set(row) for user, row in pairs)
+    paired(lambda: bound.draw(0, users, firsts, offsets), rejection, rounds=20)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_over_none(
+    threads: int, tmp_path: Path, paired: Callable[..., Any], benchmark: Any
+) -> None:
+    """An epoch of batches with as much work between them as it takes to build one."""
+    benchmark.group = "loader"
+    store = prepare(
+        simulate_log(tmp_path / "log.parquet", users=20_000, items=1500), store_dir=tmp_path
+    )
+    split = Split.leave_one_out()
+    strata = Strata.by_activeness(store, split=split, edges="head:0.2")
+    weight = torch.randn(256, 256)
+
+    def loader(threads: int) -> RaggedLoader:
+        sampler = StratifiedBatchSampler(strata, batch_size=512)
+        return RaggedLoader(
+            store, sampler, split=split, strata=strata, max_len=50, negatives=Negatives(1),
+            threads=threads,
+        )  # fmt: skip
+
+    def epoch(batches: RaggedLoader) -> None:
+        for _ in batches:
+            weight @ weight
+
+    mine, inline = loader(threads), loader(0)
+    for one, other in zip(mine, inline, strict=True):
+        assert torch.equal(one.values, other.values)
+    paired(lambda: epoch(mine), lambda: epoch(inline), rounds=20)
