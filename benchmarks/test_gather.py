@@ -82,10 +82,9 @@ class Gather:
         return self.out[: self.offsets[-1]]
 
     def __call__(self) -> None:
-        """Gather the next ten batches."""
-        for _ in range(10):
-            self.batch(self.case.batches[self.next % len(self.case.batches)])
-            self.next += 1
+        """Gather the next batch: short against a time slice of a busy machine."""
+        self.batch(self.case.batches[self.next % len(self.case.batches)])
+        self.next += 1
 
 
 def fast(case: Case) -> Gather:
@@ -110,7 +109,7 @@ def test_gather_over_plain_loop(case: Case, paired: Callable[..., Any], benchmar
         expected = np.concatenate(windows(case, users))
         assert (mine.batch(users) == expected).all()
         assert (plain.batch(users) == expected).all()
-    paired(mine, plain)
+    paired(mine, plain, rounds=200)
 
 
 def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
@@ -120,11 +119,10 @@ def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: A
     num_blocks = len(case.items) // size
 
     def copy() -> None:
-        for _ in range(10):
-            first = next(places) % num_blocks * size
-            np.copyto(target, case.items[first : first + size])
+        first = next(places) % num_blocks * size
+        np.copyto(target, case.items[first : first + size])
 
-    paired(fast(case), copy)
+    paired(fast(case), copy, rounds=200)
 
 
 def test_gather_over_floor(case: Case, benchmark: Any, capsys: Any, tmp_path: Path) -> None:
@@ -134,7 +132,6 @@ def test_gather_over_floor(case: Case, benchmark: Any, capsys: Any, tmp_path: Pa
     costs = MemoryFloor.measure(table_bytes=case.items.nbytes, copy_bytes=int(size) * 4 // 8 * 8)
     in_c = c_line_seconds(tmp_path, case.items.nbytes)
     mine, times = fast(case), []
-    # One batch at a time, which is short against a time slice of a busy machine.
     for users in case.batches:
         started = time.perf_counter()
         mine.batch(users)
@@ -148,8 +145,9 @@ def test_gather_over_floor(case: Case, benchmark: Any, capsys: Any, tmp_path: Pa
     )  # fmt: skip
     with capsys.disabled():
         print(
-            f"eta {eta:.3f}: {seconds * 1e6:.0f} us a batch, t_rand {costs.line_seconds * 1e9:.1f} "
-            f"ns (C loop {in_c * 1e9:.1f}), copy {costs.copy_rate / 1e9:.1f} GB/s"
+            f"\neta {eta:.3f}: {seconds * 1e6:.0f} us a batch, "
+            f"t_rand {costs.line_seconds * 1e9:.1f} ns "
+            f"(C loop {in_c * 1e9:.1f}), copy {costs.copy_rate / 1e9:.1f} GB/s"
         )
 
 
@@ -236,19 +234,36 @@ def test_gather_over_replay_style(case: Case, paired: Callable[..., Any], benchm
         torch.set_num_threads(threads)
 
 
-def test_two_threads_over_one(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
-    """Ratio of the time of twice the work on two threads: 1 is linear, at most 1.11 is wanted."""
+def test_two_threads_over_one(
+    case: Case, paired: Callable[..., Any], benchmark: Any, capsys: Any
+) -> None:
+    """Ratio of the time of twice the work on two threads: 1 is linear, at most 1.11 is wanted.
+
+    It needs two free cores. The ratio of processor times next to it does not; it shows what the
+    threads take from each other in memory, but not waiting for a lock.
+    """
     benchmark.group = "gather"
     mine, pair = fast(case), [fast(case), fast(case)]
+    spent: dict[str, list[float]] = {"two": [], "one": []}
+
+    def work(gather: Gather, name: str) -> None:
+        started = time.thread_time()
+        for _ in range(30):
+            gather()
+        spent[name].append(time.thread_time() - started)
 
     def both() -> None:
-        threads = [threading.Thread(target=lambda g=g: (g(), g(), g())) for g in pair]
+        threads = [threading.Thread(target=work, args=(gather, "two")) for gather in pair]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    paired(both, lambda: (mine(), mine(), mine()))
+    paired(both, lambda: work(mine, "one"))
+    processor = float(np.median(spent["two"]) / np.median(spent["one"]))
+    benchmark.extra_info.update(processor_time_ratio=processor)
+    with capsys.disabled():
+        print(f"processor time a thread, two over one: {processor:.3f}")
 
 
 def test_negatives_over_set_rejection(

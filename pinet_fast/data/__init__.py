@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pinet_fast.data.batch import RaggedBatch
 from pinet_fast.data.evaluation import EvaluationBatch, evaluation_batches
-from pinet_fast.data.loader import RaggedLoader
+from pinet_fast.data.loader import LoaderStats, RaggedLoader
 from pinet_fast.data.logs import EventLog, read_log
-from pinet_fast.data.negatives import BoundNegatives, Negatives
+from pinet_fast.data.negatives import BoundNegatives, FrozenNegatives, Negatives
 from pinet_fast.data.preparation import prepare
 from pinet_fast.data.sampler import StratifiedBatchSampler
 from pinet_fast.data.simulate import simulate_log
@@ -18,6 +18,8 @@ __all__ = [
     "BoundNegatives",
     "EvaluationBatch",
     "EventLog",
+    "FrozenNegatives",
+    "LoaderStats",
     "Negatives",
     "RaggedBatch",
     "RaggedLoader",
