@@ -119,7 +119,7 @@ def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: A
     num_blocks = len(case.items) // size
 
     def copy() -> None:
-        first = next(places) % num_blocks * size
+        first = next(places) * 7919 % num_blocks * size  # a prime: blocks that do not adjoin
         np.copyto(target, case.items[first : first + size])
 
     paired(fast(case), copy, rounds=200)
