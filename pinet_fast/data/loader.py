@@ -236,7 +236,7 @@ class RaggedLoader:
             crop=crop,
             targets=targets,
             negatives=None if negatives is None else negatives.bind(store, split, seed=seed),
-            stratum_weights=getattr(sampler, "stratum_weights", None),
+            stratum_weights=sampler.stratum_weights,
             seed=seed,
         )
         self._maker = _Maker(builder, self.device, is_leased=lifetime == "lease")

@@ -131,16 +131,16 @@ def test_crops_depend_on_the_seed_and_epoch_alone(store_with_lengths):
         assert [batch.values.tolist() for batch in other] != epochs[0]
 
 
-def test_weights_of_the_strata_reach_the_users(store_with_lengths, monkeypatch):
+def test_weights_of_the_strata_reach_the_users(store_with_lengths):
     store = store_with_lengths([4, 5, 6, 7, 8, 9, 10, 11])
-    assert next(iter(make(store))).weights is None
-    weights = np.array([0.5, 1.75])
-    monkeypatch.setattr(StratifiedBatchSampler, "stratum_weights", weights, raising=False)
-    for batch in make(store):
+    assert next(iter(make(store))).weights is None  # proportional: all are 1
+    loader = make(store, {"mix": "uniform"})
+    weights = loader.sampler.stratum_weights
+    assert weights[0] != weights[1]
+    for batch in loader:
         assert batch.weights.dtype == torch.float32
-        assert batch.weights.tolist() == weights[batch.strata.ids.numpy()].tolist()
-    monkeypatch.setattr(StratifiedBatchSampler, "stratum_weights", np.ones(2), raising=False)
-    assert next(iter(make(store))).weights is None
+        expected = torch.tensor(weights, dtype=torch.float32)[batch.strata.ids]
+        assert torch.equal(batch.weights, expected)
 
 
 def test_unknown_crop_is_refused(store_with_lengths):
