@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pinet_fast.data.batch import RaggedBatch
 from pinet_fast.data.evaluation import EvaluationBatch, evaluation_batches
+from pinet_fast.data.ids import StringIds
 from pinet_fast.data.loader import LoaderStats, RaggedLoader
 from pinet_fast.data.logs import EventLog, read_log
 from pinet_fast.data.negatives import BoundNegatives, FrozenNegatives, Negatives
@@ -27,6 +28,7 @@ __all__ = [
     "Split",
     "Strata",
     "StratifiedBatchSampler",
+    "StringIds",
     "evaluation_batches",
     "prepare",
     "read_log",

@@ -1,130 +1,180 @@
-"""Turns the columns of a log into checked NumPy arrays."""
+"""Turns the columns of a log, batch by batch, into checked ids and times."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pinet_fast.errors import DataError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 _MAX_EXACT_FLOAT = 2.0**53
+_MAX_INT64 = np.iinfo(np.int64).max
 _USE_ROWS = "or take the order of the rows with --order rows"
 
 
-def ids_of(column: pa.ChunkedArray, path: Path, role: str, name: str) -> npt.NDArray[np.int64]:
-    """Return the ids in a column.
+@dataclass(frozen=True)
+class _Check:
+    """What a value must be: ``is_bad`` finds the others; null counts as a value of its own."""
+
+    is_bad: Callable[[pa.Array], npt.NDArray[np.bool_]]
+    want: str
+    fix: str
+
+
+class Column:
+    """A column while it is read; counts what is wrong with it instead of stopping at the first.
 
     Args:
-        column: The column as read.
-        path: The log, for messages.
-        role: ``"user"`` or ``"item"``, for messages.
-        name: Name of the column, for messages.
-
-    Returns:
-        int64 [E], a new array or a view of the column.
+        where: The log, role and name, for messages.
+        kind: Arrow type of the column.
+        role: ``"user"``, ``"item"`` or ``"time"``.
 
     Raises:
-        DataError: Nulls, NaN, infinities, other types than integers or whole floats, ids that are
-            negative or do not fit int64.
+        DataError: The type can hold no ids, or no times.
     """
-    where = f"log {path}: {role} column {name!r}"
-    column = _plain(column)
-    _check_nulls(column, where, "drop or fill these rows")
-    if pa.types.is_floating(column.type):
-        return _whole(column.to_numpy().astype(np.float64), where)
-    if not pa.types.is_integer(column.type):
-        is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-        fix = (
-            "string ids are not supported yet: number them first"
-            if is_text
-            else "cast the column to int64"
-        )
-        raise DataError(f"{where}: expected integer ids, got type {column.type}; {fix}")
-    values = column.to_numpy()
-    _refuse(values < 0, values, where, "ids >= 0", "number them from 0 or 1")
-    if column.type == pa.uint64():
-        too_large = values > np.iinfo(np.int64).max
-        _refuse(too_large, values, where, "ids below 2**63", "number them from 1")
-    return np.asarray(values, dtype=np.int64)
+
+    def __init__(self, where: str, kind: pa.DataType, role: str) -> None:
+        self.where = where
+        self._checks, self.type = _times(where, kind) if role == "time" else _ids(where, kind)
+        self._failed: _Check | None = None
+        self._first, self._value, self._count = 0, "", 0
+
+    def take(self, array: pa.Array, base: int) -> pa.Array | None:
+        """Check and convert the next rows.
+
+        Args:
+            array: The rows as read.
+            base: Number of the first one in the log, from 0.
+
+        Returns:
+            The rows as ``type``, or None if this or an earlier one is bad.
+        """
+        if pa.types.is_dictionary(array.type):
+            array = array.cast(array.type.value_type)
+        for check in self._checks if self._failed is None else (self._failed,):
+            rows = np.flatnonzero(check.is_bad(array))
+            if len(rows):
+                if self._failed is None:
+                    self._failed, self._first = check, base + int(rows[0]) + 1
+                    self._value = _shown(array[int(rows[0])])
+                self._count += len(rows)
+                return None
+        return None if self._failed else _converted(array, self.type)
+
+    def refusal(self) -> DataError | None:
+        """Return what is wrong with the rows so far, or None."""
+        if self._failed is None:
+            return None
+        if self._failed.is_bad is _is_null:
+            got = f"{self._count:,} nulls, the first in row {self._first:,}"
+        else:
+            got = f"{self._value} in row {self._first:,} ({self._count:,} such rows)"
+        return DataError(f"{self.where}: expected {self._failed.want}, got {got}; "
+                         f"{self._failed.fix}")  # fmt: skip
 
 
-def times_of(
-    column: pa.ChunkedArray, path: Path, name: str
-) -> npt.NDArray[np.int64] | npt.NDArray[np.float64]:
-    """Return the times in a column, in its own unit.
+def numpy_of(array: pa.Array) -> npt.NDArray[Any]:
+    """Return the values of a converted column: a view of numbers, an object array of strings."""
+    values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return values
 
-    Args:
-        column: The column as read.
-        path: The log, for messages.
-        name: Name of the column, for messages.
 
-    Returns:
-        [E]: int64 for integers, Arrow timestamps and dates, float64 for floats.
-
-    Raises:
-        DataError: Nulls, NaN, infinities, or a type that is no time.
-    """
-    where = f"log {path}: time column {name!r}"
-    column = _plain(column)
-    _check_nulls(column, where, f"fill them, {_USE_ROWS}")
-    kind = column.type
+def _ids(where: str, kind: pa.DataType) -> tuple[list[_Check], pa.DataType]:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    nulls = _Check(_is_null, "a value in every row", "drop or fill these rows")
+    if _is_text(kind):
+        return [nulls], pa.large_string()
+    if pa.types.is_null(kind):
+        return [nulls], pa.int64()
+    negative = _Check(_below(0), "ids >= 0", "number them from 0 or 1")
     if pa.types.is_floating(kind):
-        times: npt.NDArray[np.float64] = column.to_numpy().astype(np.float64)
-        _refuse(~np.isfinite(times), times, where, "finite times", f"drop these rows, {_USE_ROWS}")
-        return times
-    if pa.types.is_date32(kind):
-        column = column.cast(pa.int32())
-    elif pa.types.is_timestamp(kind) or pa.types.is_date64(kind):
-        column = column.cast(pa.int64())
-    elif not pa.types.is_integer(kind):
+        fix = "drop or fill these rows"
+        exact = "floats that are exact (up to 2**53)"
+        return [
+            nulls,
+            _Check(_is_infinite, "integer ids", fix),
+            _Check(_is_fraction, "integer ids", "number them first, or store them as strings"),
+            _Check(_is_inexact, exact, "store ids as int64"),
+            negative,
+        ], pa.int64()
+    if not pa.types.is_integer(kind):
+        raise DataError(
+            f"{where}: expected integer or string ids, got type {kind}; "
+            "cast the column to int64 or string"
+        )
+    large = _Check(_above(_MAX_INT64), "ids below 2**63", "number them from 1, or store strings")
+    return [nulls, negative] + [large] * (kind == pa.uint64()), pa.int64()
+
+
+def _times(where: str, kind: pa.DataType) -> tuple[list[_Check], pa.DataType]:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    nulls = _Check(_is_null, "a value in every row", f"fill them, {_USE_ROWS}")
+    if pa.types.is_floating(kind):
+        finite = _Check(_is_infinite, "finite times", f"drop these rows, {_USE_ROWS}")
+        return [nulls, finite], pa.float64()
+    if pa.types.is_null(kind) or pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        return [nulls], pa.int64()
+    if not pa.types.is_integer(kind):
         raise DataError(
             f"{where}: expected numbers, timestamps or dates, got type {kind}; "
             f"convert the column, {_USE_ROWS}"
         )
-    values = column.to_numpy()
-    if kind == pa.uint64():
-        too_large = values > np.iinfo(np.int64).max
-        _refuse(too_large, values, where, "times below 2**63", f"mend them, {_USE_ROWS}")
-    return np.asarray(values, dtype=np.int64)
+    large = _Check(_above(_MAX_INT64), "times below 2**63", f"mend them, {_USE_ROWS}")
+    return [nulls] + [large] * (kind == pa.uint64()), pa.int64()
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_dictionary(column.type):
-        return column.cast(column.type.value_type)
-    return column
+def _converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_date32(array.type):
+        array = array.cast(pa.int32())
+    if pa.types.is_float16(array.type):
+        array = pa.array(array.to_numpy(zero_copy_only=False).astype(np.float64))
+    return array if array.type == kind else array.cast(kind)
 
 
-def _check_nulls(column: pa.ChunkedArray, where: str, fix: str) -> None:
-    if column.null_count:
-        first = int(np.flatnonzero(column.is_null().to_numpy())[0]) + 1
-        raise DataError(
-            f"{where}: expected a value in every row, got {column.null_count:,} nulls, "
-            f"the first in row {first:,}; {fix}"
-        )
+def _is_text(kind: pa.DataType) -> bool:
+    views = getattr(pa.types, "is_string_view", lambda _: False)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or views(kind))
 
 
-def _whole(values: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.int64]:
-    _refuse(~np.isfinite(values), values, where, "integer ids", "drop or fill these rows")
-    fractional = values != np.floor(values)
-    _refuse(fractional, values, where, "integer ids", "number them first")
-    inexact = np.abs(values) > _MAX_EXACT_FLOAT
-    _refuse(inexact, values, where, "floats that are exact (up to 2**53)", "store ids as int64")
-    _refuse(values < 0, values, where, "ids >= 0", "number them from 0 or 1")
-    return values.astype(np.int64)
+def _shown(value: pa.Scalar) -> str:
+    return str(value.as_py())
 
 
-def _refuse(
-    is_bad: npt.NDArray[np.bool_], values: npt.NDArray[np.generic], where: str, want: str, fix: str
-) -> None:
-    rows = np.flatnonzero(is_bad)
-    if len(rows):
-        raise DataError(
-            f"{where}: expected {want}, got {values[rows[0]]} in row {rows[0] + 1:,} "
-            f"({len(rows):,} such rows); {fix}"
-        )
+def _is_null(array: pa.Array) -> npt.NDArray[np.bool_]:
+    if array.null_count == 0:
+        return np.zeros(0, np.bool_)
+    return np.asarray(pc.is_null(array).to_numpy(zero_copy_only=False), np.bool_)
+
+
+def _values(array: pa.Array) -> npt.NDArray[Any]:
+    values: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
+    return values
+
+
+def _is_infinite(array: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.asarray(~np.isfinite(_values(array)))
+
+
+def _is_fraction(array: pa.Array) -> npt.NDArray[np.bool_]:
+    values = _values(array)
+    return np.asarray(values != np.floor(values))
+
+
+def _is_inexact(array: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.abs(_values(array)) > _MAX_EXACT_FLOAT)
+
+
+def _below(limit: int) -> Callable[[pa.Array], npt.NDArray[np.bool_]]:
+    return lambda array: np.asarray(_values(array) < limit)
+
+
+def _above(limit: int) -> Callable[[pa.Array], npt.NDArray[np.bool_]]:
+    return lambda array: np.asarray(_values(array) > limit)

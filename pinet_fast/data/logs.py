@@ -1,49 +1,51 @@
-"""Reads an event log, Parquet or CSV; what is wrong with a bad one is said in one line."""
+"""Reads an event log of any kind; what is wrong with a bad one is said in one line."""
 
 from __future__ import annotations
 
-import csv
 import difflib
 import shlex
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
+import pyarrow.compute as pc
 
-from pinet_fast.data._columns import ids_of, times_of
+from pinet_fast.data._columns import Column, numpy_of
+from pinet_fast.data.sources import Retype, Source, checked_log_path, source_of
 from pinet_fast.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["SIMULATED_KEY", "EventLog", "LogReader", "Order", "checked_log_path", "read_log"]
 
 Order = Literal["auto", "timestamp", "rows"]
 
 SIMULATED_KEY = b"pinet_fast.simulated"
-"""Key of the Parquet schema metadata that marks a log as generated, with the value ``true``."""
+"""Key of the schema metadata that marks a log as generated, with the value ``true``."""
 
 _MAX_LISTED = 20
 
 
 @dataclass(frozen=True, eq=False)
 class EventLog:
-    """Events in the order of the rows of their file.
+    """Events in the order of the rows of their log.
 
     Attributes:
-        path: The file.
-        users: Original user ids, int64 [E].
-        items: Original item ids, int64 [E].
+        path: The file or folder; None for a table in memory.
+        users: Original user ids, int64 [E], or an object array of str.
+        items: Original item ids, likewise.
         timestamps: int64 or float64 [E], in the unit of the file, or None where the order of the
             rows is the sequence.
         simulated: Whether the file says that it was generated.
     """
 
-    path: Path
-    users: npt.NDArray[np.int64]
-    items: npt.NDArray[np.int64]
+    path: Path | None
+    users: npt.NDArray[Any]
+    items: npt.NDArray[Any]
     timestamps: npt.NDArray[np.int64] | npt.NDArray[np.float64] | None
     simulated: bool
 
@@ -54,125 +56,159 @@ class EventLog:
 
 
 def read_log(
-    path: str | Path,
+    log: Any,
     *,
     user: str = "user",
     item: str = "item",
     timestamp: str = "timestamp",
     order: Order = "auto",
 ) -> EventLog:
-    """Read the user, item and timestamp columns of a log; no other column is decoded.
+    """Read the user, item and timestamp columns of a log into memory; no other is decoded.
 
     Args:
-        path: A ``.parquet`` or ``.csv`` file, one event a row; a CSV file begins with a header.
-        user: Column of the user ids: integers >= 0, or floats that are whole.
+        log: A ``.parquet``, ``.csv`` (with a header), ``.jsonl``, ``.ndjson``, ``.arrow`` or
+            ``.feather`` file, a folder of Parquet files, an Arrow table or reader, or anything
+            with ``__arrow_c_stream__`` (pandas, Polars, DuckDB). One event a row; or one sequence
+            a row, where the item column holds lists.
+        user: Column of the user ids: integers >= 0, floats that are whole, or strings.
         item: Column of the item ids, likewise.
         timestamp: Column of the times: integers, floats, or Arrow timestamps or dates.
         order: ``"timestamp"`` demands the timestamp column, ``"rows"`` ignores it, and
-            ``"auto"`` uses it where the file has it (or where it was renamed).
+            ``"auto"`` uses it where the log has it (or where it was renamed).
 
     Returns:
         The events, in the order of the rows.
 
     Raises:
-        DataError: The file cannot be read, or its columns cannot be used; one line with the fix.
+        DataError: The log cannot be read, or its columns cannot be used; one line with the fix.
         ConfigError: ``order`` is none of the three.
     """
-    path = checked_log_path(path)
-    if order not in get_args(Order):
-        raise ConfigError(f"order: expected one of {', '.join(get_args(Order))}; got {order!r}")
-    names = _column_names(path)
-    wanted = {"user": user, "item": item}
-    # A timestamp column under a name of the caller's own is meant: falling back to the order of
-    # the rows because of a typing error would go unnoticed.
-    if order == "timestamp" or (
-        order == "auto" and (timestamp in names or timestamp != "timestamp")
-    ):
-        wanted["time"] = timestamp
-    _check_names(path, names, wanted)
-    table = _read_table(path, list(wanted.values()))
-    if table.num_rows == 0:
-        raise DataError(f"log {path}: expected at least one event, got 0 rows; give another log")
-    metadata = table.schema.metadata or {}
+    reader = LogReader(log, user=user, item=item, timestamp=timestamp, order=order)
+    while True:
+        try:
+            batches = [batch for batch, _ in reader.batches()]
+            break
+        except Retype:
+            continue
+    table = pa.Table.from_batches(batches)
+    columns = {name: numpy_of(table.column(name)) for name in table.column_names}
     return EventLog(
-        path=path,
-        users=ids_of(table.column(user), path, "user", user),
-        items=ids_of(table.column(item), path, "item", item),
-        timestamps=times_of(table.column(timestamp), path, timestamp) if "time" in wanted else None,
-        simulated=metadata.get(SIMULATED_KEY) == b"true",
+        path=reader.source.path,
+        users=columns["user"],
+        items=columns["item"],
+        timestamps=columns.get("time"),
+        simulated=reader.simulated,
     )
 
 
-def checked_log_path(path: str | Path) -> Path:
-    """Return ``path`` if it is a readable file with a known suffix.
+class LogReader:
+    """A log whose columns were found; yields its events in checked batches.
 
     Args:
-        path: A ``.parquet`` or ``.csv`` file.
-
-    Returns:
-        The path.
+        log: As for ``read_log``.
+        user: Column of the user ids.
+        item: Column of the item ids.
+        timestamp: Column of the times.
+        order: ``"auto"``, ``"timestamp"`` or ``"rows"``.
 
     Raises:
-        DataError: It is missing, a folder, of another suffix, or cannot be opened.
+        DataError: The log is missing or of an unknown kind, or lacks a column.
+        ConfigError: ``order`` is none of the three.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(
-            f"log {path}: expected a file, got a folder; give one .parquet or .csv file"
+
+    def __init__(
+        self,
+        log: Any,
+        *,
+        user: str = "user",
+        item: str = "item",
+        timestamp: str = "timestamp",
+        order: Order = "auto",
+    ) -> None:
+        if order not in get_args(Order):
+            raise ConfigError(f"order: expected one of {', '.join(get_args(Order))}; got {order!r}")
+        self.source: Source = source_of(log)
+        names = self.source.names
+        self._wanted = {"user": user, "item": item}
+        # A timestamp column under a name of the caller's own is meant: falling back to the order
+        # of the rows because of a typing error would go unnoticed.
+        self.has_times = order == "timestamp" or (
+            order == "auto" and (timestamp in names or timestamp != "timestamp")
         )
-    if not path.exists():
-        raise DataError(f"log {path}: no such file; check the path (it is read from {Path.cwd()})")
-    if path.suffix.lower() not in (".parquet", ".csv"):
-        raise DataError(
-            f"log {path}: expected a name ending in .parquet or .csv, got {path.suffix!r}; "
-            "convert the log or rename it"
-        )
-    try:
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise DataError(
-            f"log {path}: cannot be opened ({error.strerror}); check its permissions"
-        ) from error
-    return path
+        if self.has_times:
+            self._wanted["time"] = timestamp
+        _check_names(self.source.label, names, self._wanted)
+
+    @property
+    def simulated(self) -> bool:
+        """Return whether the log says that it was generated."""
+        return self.source.metadata.get(SIMULATED_KEY) == b"true"
+
+    def batches(self) -> Iterator[tuple[pa.RecordBatch, float]]:
+        """Yield batches of columns user, item and maybe time, with the share read by then.
+
+        Ids come as int64 or large_string, times as int64 or float64. A bad value ends the batches;
+        the rest of the log is still read, to say how many there are.
+
+        Raises:
+            Retype: The columns of a text file are of other types: drop what came, call again.
+            DataError: A value cannot be used, or there is none.
+        """
+        schema, stored = self.source.read(self._wanted)
+        label = self.source.label
+        is_list = _is_list(schema.field(self._wanted["item"]).type)
+        columns = {}
+        for role, name in self._wanted.items():
+            kind = schema.field(name).type
+            if is_list and role != "user" and _is_list(kind):
+                kind = kind.value_type
+            columns[role] = Column(f"{label}: {role} column {name!r}", kind, role)
+        base = 0
+        for batch, share in stored:
+            arrays = dict(zip(self._wanted, batch.columns, strict=True))
+            if is_list:
+                arrays = _exploded(arrays, label, base)
+            taken = {role: column.take(arrays[role], base) for role, column in columns.items()}
+            base += len(arrays["item"])
+            if all(array is not None for array in taken.values()) and len(arrays["item"]):
+                yield pa.record_batch(taken), share
+        for column in columns.values():
+            if refusal := column.refusal():
+                raise refusal
+        if base == 0:
+            raise DataError(f"{label}: expected at least one event, got 0 rows; give another log")
 
 
-def _is_csv(path: Path) -> bool:
-    return path.suffix.lower() == ".csv"
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
 
 
-def _column_names(path: Path) -> list[str]:
-    try:
-        if _is_csv(path):
-            with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-                return next(csv.reader(file), [])
-        return list(pyarrow.parquet.read_schema(path).names)
-    except (pa.ArrowException, OSError, csv.Error) as error:
-        raise _unreadable(path, error) from error
+def _exploded(arrays: dict[str, pa.Array], label: str, base: int) -> dict[str, pa.Array]:
+    """Return an event a row from a sequence a row; flatten() heeds slices, `values` does not."""
+    items = arrays["item"]
+    for role, array in arrays.items():
+        if role != "user" and array.null_count:
+            raise DataError(
+                f"{label}: {role} column: expected a list in every row, got {array.null_count:,} "
+                f"null rows after {base:,} events; drop them, or write empty lists"
+            )
+    lengths = pc.list_value_length(items)
+    rows = pa.array(np.repeat(np.arange(len(items)), lengths.to_numpy(zero_copy_only=False)))
+    events = {"user": arrays["user"].take(rows), "item": items.flatten()}
+    if "time" in arrays:
+        times = arrays["time"]
+        if not _is_list(times.type) or not pc.list_value_length(times).equals(
+            lengths.cast(pc.list_value_length(times).type)
+        ):
+            raise DataError(
+                f"{label}: expected a list of times as long as the list of items in every row, got "
+                f"{times.type}; mend them, or take the order of the lists with --order rows"
+            )
+        events["time"] = times.flatten()
+    return events
 
 
-def _read_table(path: Path, names: list[str]) -> pa.Table:
-    try:
-        if _is_csv(path):
-            options = pyarrow.csv.ConvertOptions(include_columns=names)
-            return pyarrow.csv.read_csv(path, convert_options=options)
-        # Not pyarrow.parquet.read_table: it would take a folder name such as day=1 for a column.
-        with pyarrow.parquet.ParquetFile(path) as file:
-            return file.read(columns=names)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if _is_csv(path):
-        what, fix = "a malformed CSV file", "mend that line, or write the log as Parquet"
-    else:
-        what, fix = "not a whole Parquet file", "write or download it again"
-    said = " ".join(str(error).split())
-    return DataError(f"log {path}: {what} ({said[:200]}); {fix}")
-
-
-def _check_names(path: Path, names: list[str], wanted: dict[str, str]) -> None:
+def _check_names(label: str, names: list[str], wanted: dict[str, str]) -> None:
     found = ", ".join(repr(name) for name in names[:_MAX_LISTED]) or "no column"
     if len(names) > _MAX_LISTED:
         found += f" and {len(names) - _MAX_LISTED} more"
@@ -180,16 +216,16 @@ def _check_names(path: Path, names: list[str], wanted: dict[str, str]) -> None:
         count = names.count(name)
         if count > 1:
             raise DataError(
-                f"log {path}: expected one column {name!r}, got {count}; found {found}; "
+                f"{label}: expected one column {name!r}, got {count}; found {found}; "
                 "rename all but one"
             )
         if count == 0:
             raise DataError(
-                f"log {path}: no {role} column {name!r}; found {found}; {_fix(role, name, names)}"
+                f"{label}: no {role} column {name!r}; found {found}; {_fix(role, name, names)}"
             )
     if len(set(wanted.values())) < len(wanted):
         raise DataError(
-            f"log {path}: expected one column a role, got {wanted}; "
+            f"{label}: expected one column a role, got {wanted}; "
             "name different ones with --user-col, --item-col and --time-col"
         )
 

@@ -220,7 +220,8 @@ def _ranks(path: Path, stages: list[str], num_strata: int) -> Ranks:
     shape = (len(arrays["users"]) if arrays["users"].ndim else 0,)
     for name, array in arrays.items():
         least = 1 if name in stages else 0
-        bad = array.shape != shape or array.dtype.kind not in "iu"
+        kinds = "iuU" if name == "users" else "iu"  # ids of users may be strings
+        bad = array.shape != shape or array.dtype.kind not in kinds
         bounded = name != "users" and not bad and array.size > 0
         if bad or (bounded and array.min() < least):
             raise ConfigError(

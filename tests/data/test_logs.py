@@ -120,13 +120,6 @@ BAD_COLUMNS = [
     ("inf id", {**GOOD, "item": pa.array([1.0, np.inf, 3.0])}, {}, ["integer ids", "inf in row 2"]),
     ("fraction", {**GOOD, "user": pa.array([1.0, 2.5, 3.5])}, {}, ["2.5 in row 2", "2 such rows"]),
     ("inexact", {**GOOD, "user": pa.array([1.0, 1e17, 3.0])}, {}, ["2**53", "int64"]),
-    ("text", {**GOOD, "user": ["a", "b", "c"]}, {}, ["string ids are not supported yet"]),
-    (
-        "categories",
-        {**GOOD, "user": pa.array(["a", "b", "c"]).dictionary_encode()},
-        {},
-        ["string ids are not supported yet"],
-    ),
     ("boolean", {**GOOD, "user": [True, False, True]}, {}, ["type bool", "cast the column"]),
     ("negative", {**GOOD, "item": ints([1, -4, 2])}, {}, ["ids >= 0", "-4 in row 2"]),
     (
@@ -178,7 +171,6 @@ BAD_CSV = [
     ("ragged row", "user,item\n1,2\n3\n", ["malformed CSV", "mend that line"]),
     ("tabs", "user\titem\n1\t2\n", ["separate the columns by commas"]),
     ("empty value", "user,item\n1,2\n,3\n", ["1 nulls", "row 2"]),
-    ("text", "user,item\nab,2\n", ["string ids are not supported yet"]),
     ("fraction", "user,item\n1.5,2\n", ["1.5 in row 1"]),
     ("negative", "user,item\n1,-2\n", ["-2 in row 1"]),
 ]
@@ -217,11 +209,11 @@ def test_paths_that_are_no_log_are_refused(tmp_path):
     stores = tmp_path / "stores"
     folder = tmp_path / "folder.parquet"
     folder.mkdir()
-    refused(folder, stores, ["expected a file, got a folder"])
+    refused(folder, stores, ["expected a file or a folder of .parquet files"])
     refused(tmp_path / "missing.csv", stores, ["no such file", "check the path"])
     other = tmp_path / "log.json"
     other.write_text("{}", encoding="utf-8")
-    refused(other, stores, [".parquet or .csv", "'.json'"])
+    refused(other, stores, [".parquet, .csv, .jsonl", "'.json'"])
 
 
 def test_file_without_permission_is_refused(write_log, tmp_path, monkeypatch):
