@@ -11,6 +11,8 @@ from typer.exceptions import TyperException
 import pinet_fast
 from pinet_fast.cli.compare import compare
 from pinet_fast.cli.demo import demo
+from pinet_fast.cli.inspect import inspect
+from pinet_fast.cli.prepare import prepare
 from pinet_fast.cli.train import train
 from pinet_fast.errors import InputError, PinetError, TrainingInterrupted
 
@@ -24,6 +26,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(prepare)
+app.command()(inspect)
 app.command()(train)
 app.command()(compare)
 app.command()(demo)

@@ -257,3 +257,16 @@ def _view(array: pa.Array) -> Array:
 
 def _ids_view(array: pa.Array) -> Ids:
     return StringIds(array) if pa.types.is_large_string(array.type) else _view(array)
+
+
+def is_store(path: str | Path) -> bool:
+    """Return whether a file says that it is a store; a damaged one may not."""
+    path = Path(path)
+    if not path.is_file() or path.suffix != ".arrow":
+        return False
+    try:
+        with pa.memory_map(str(path)) as file:
+            schema = pa.ipc.open_file(file).schema
+            return checks.METADATA_KEY in (schema.metadata or {})
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        return False
