@@ -60,7 +60,8 @@ def inspect(
         simulated = " - SIMULATED DATA" if store.simulated else ""
         title = f"{store.source}: {store.num_users:,} users, {store.num_items:,} items{simulated}"
         edges = () if isinstance(cut, str) else cut.edges
-        plot_activeness(plot, store.lengths(), item_counts(store), edges, title)
+        activeness = Split.leave_one_out().train_lengths(store)
+        plot_activeness(plot, activeness, store.lengths(), item_counts(store), edges, title)
     if as_json:
         known = None if isinstance(cut, str) else strata_summary(cut)
         found |= {"strata_spec": strata, "strata": known, "store": str(store.path)}

@@ -11,6 +11,8 @@ from typer.exceptions import TyperException
 import pinet_fast
 from pinet_fast.cli.compare import compare
 from pinet_fast.cli.demo import demo
+from pinet_fast.cli.doctor import doctor
+from pinet_fast.cli.fetch import fetch
 from pinet_fast.cli.inspect import inspect
 from pinet_fast.cli.prepare import prepare
 from pinet_fast.cli.train import train
@@ -31,6 +33,8 @@ app.command()(inspect)
 app.command()(train)
 app.command()(compare)
 app.command()(demo)
+app.command()(fetch)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:

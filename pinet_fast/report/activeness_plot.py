@@ -1,4 +1,4 @@
-"""Plots the long tails of a log: events per user, and who has how much of the events."""
+"""Plots the long tails of a log: how active users are, and who has how much of the events."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ _TAIL, _HEAD, _MUTED = "#0072b2", "#d55e00", "#8a8a8a"  # told apart by colour-b
 
 def plot_activeness(
     path: Path,
+    activeness: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.int64],
     popularity: npt.NDArray[np.int64],
     edges: Sequence[int],
     title: str,
 ) -> None:
-    """Write two panels: a histogram of events per user, and cumulative shares of events.
+    """Write two panels: how many users are so active, and cumulative shares of events.
 
     Args:
         path: A ``.png`` or ``.svg`` file.
+        activeness: Training events per user, which the strata are cut by.
         lengths: Events per user.
         popularity: Events per item.
         edges: Borders of the strata, drawn as lines.
@@ -42,7 +44,7 @@ def plot_activeness(
     checked_suffix(path)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _histogram(left, lengths, edges)
+    _survivors(left, activeness, edges)
     for counts, name, colour in ((lengths, "users", _TAIL), (popularity, "items", _HEAD)):
         ordered = np.sort(counts)[::-1]
         share = np.concatenate(([0.0], np.cumsum(ordered) / ordered.sum()))
@@ -69,11 +71,12 @@ def checked_suffix(path: Path) -> None:
         raise ConfigError(f"--plot {path}: expected a name ending in .png or .svg")
 
 
-def _histogram(axes: Any, lengths: npt.NDArray[np.int64], edges: Sequence[int]) -> None:
-    low, high = int(lengths.min()), int(lengths.max())
-    bins = np.unique(np.geomspace(low, high + 1, 40).round()) if high > low else [low, low + 1]
-    axes.hist(lengths, bins=np.asarray(bins), color=_TAIL)
-    axes.set(xscale="log", yscale="log", xlabel="events of a user", ylabel="users")
+def _survivors(axes: Any, activeness: npt.NDArray[np.int64], edges: Sequence[int]) -> None:
+    values, counts = np.unique(activeness, return_counts=True)
+    at_least = np.cumsum(counts[::-1])[::-1]
+    axes.step(values, at_least, where="pre", color=_TAIL)
+    axes.set(xscale="log", yscale="log", xlabel="training events",
+             ylabel="users with at least so many")  # fmt: skip
     for edge in edges:
         axes.axvline(edge, color=_HEAD, linewidth=1)
     if edges:

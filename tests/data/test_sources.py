@@ -123,7 +123,7 @@ def test_string_ids_come_back(tmp_path):
     assert store.item_ids[np.array([[1, 2], [3, -1]])].shape == (2, 2)
     assert store.item_ids[1:3].tolist() == sorted(set(items))[:2]
     assert store.user_ids[np.arange(store.num_users) < 2].tolist() == sorted(set(users))[:2]
-    assert list(store.user_ids)[0] == np.asarray(store.user_ids)[0]
+    assert next(iter(store.user_ids)) == np.asarray(store.user_ids)[0]
     for wrong in ("none", 7, None):
         with pytest.raises(DataError, match=r"no item .*ids are strings.*check the id"):
             store.item_code(wrong)
@@ -214,8 +214,8 @@ def test_grouped_sequences_that_cannot_be_used_are_refused(tmp_path):
     whole = table.set_column(1, "items", pa.array([[1, 2], [3], [4, 5]]))
     with pytest.raises(DataError, match="as long as the list of items"):
         SequenceStore.from_arrow(whole, timestamps="times", store_dir=tmp_path)
+    holed = table.set_column(1, "items", pa.array([[1, None], [3], [4]]))
     with pytest.raises(DataError, match=r"item column .*null"):
-        holed = table.set_column(1, "items", pa.array([[1, None], [3], [4]]))
         SequenceStore.from_arrow(holed, store_dir=tmp_path)
     timed = table.set_column(1, "items", pa.array([[1, 2], [3], [4]])).set_column(
         2, "times", pa.array([[9, 2], [3], [4]])

@@ -1,0 +1,87 @@
+"""``pinet-fast fetch``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pinet_fast.cli.console import Output, output
+from pinet_fast.data.datasets import DATASETS
+from pinet_fast.data.datasets import fetch as download
+
+
+def fetch(
+    name: Annotated[
+        str | None, typer.Argument(help="A public log; without a name they are listed.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Where to put it.")] = Path("data"),
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="You have read its licence and agree.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")] = False,
+) -> None:
+    """Download a public log under its licence and write it as Parquet; broken off, it goes on.
+
+    Example:
+        pinet-fast fetch ml-100k --accept-licence
+    """
+    shown = output(as_json=as_json, quiet=quiet)
+    if name is None:
+        _list(shown, as_json)
+        return
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        console=shown.err, transient=True, disable=quiet or not shown.err.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(name, total=1.0)
+
+        def report(share: float, text: str) -> None:
+            bar.update(task, completed=share, description=text)
+
+        found = download(name, folder, accept_licence=accept_licence, on_progress=report)
+    licence = DATASETS[name].licence
+    if as_json:
+        about = {
+            "name": name,
+            "log": str(found.log),
+            "download": str(found.download),
+            "sha256": found.sha256,
+            "pinned": found.pinned,
+            "licence": licence,
+        }
+        shown.print_json(json.dumps(about))
+        return
+    known = "as known" if found.pinned else "not pinned: no known one to compare it with"
+    for line in (
+        f"licence: {licence}",
+        f"sha256: {found.sha256} ({known})",
+        f"log: {found.log}",
+        f"next: pinet-fast inspect {found.log}",
+    ):
+        shown.out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _list(shown: Output, as_json: bool) -> None:
+    if as_json:
+        known = {
+            name: {"url": d.url, "sha256": d.sha256, "licence": d.licence}
+            for name, d in DATASETS.items()
+        }
+        shown.print_json(json.dumps(known))
+        return
+    table = Table(title="public logs", title_justify="left")
+    for column in ("name", "checksum", "from"):
+        table.add_column(column, no_wrap=True)
+    for name, d in DATASETS.items():
+        table.add_row(name, "pinned" if d.sha256 else "not pinned", d.url)
+    shown.out.print(table)
+    for licence in dict.fromkeys(d.licence for d in DATASETS.values()):
+        names = ", ".join(name for name, d in DATASETS.items() if d.licence == licence)
+        shown.out.print(f"{names}: {licence}", highlight=False, markup=False)
