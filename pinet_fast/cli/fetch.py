@@ -77,8 +77,9 @@ def _list(shown: Output, as_json: bool) -> None:
         shown.print_json(json.dumps(known))
         return
     table = Table(title="public logs", title_justify="left")
-    for column in ("name", "checksum", "from"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("checksum", no_wrap=True)
+    table.add_column("from", overflow="fold")
     for name, d in DATASETS.items():
         table.add_row(name, "pinned" if d.sha256 else "not pinned", d.url)
     shown.out.print(table)

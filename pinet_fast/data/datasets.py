@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20
 _TIMEOUT_S = 60
+_BROKEN = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
 _MOVIELENS = (
     "GroupLens: research use; cite Harper & Konstan 2015 (The MovieLens Datasets); no "
     "redistribution without permission, no commercial use"

@@ -284,7 +284,8 @@ class TextSource(Source):
         for name, role in roles.items():
             kind = schema.field(name).type
             if self.is_csv:
-                mine = f"CSV column #{self.names.index(name)}: CSV conversion error" in said
+                mine = f"CSV column #{self.names.index(name)}:" in said
+                mine = mine and "CSV conversion error" in said
             else:  # a number of the wrong kind is reported without its column; ids have no other
                 mine = f"Column(/{name}) changed from" in said or (
                     role == "time" and f"Failed to convert JSON to {kind}" in said

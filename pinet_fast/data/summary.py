@@ -98,7 +98,7 @@ def gini(counts: IntArray) -> float:
 def top_share(counts: IntArray, share: float = HEAD_SHARE) -> float:
     """Return which share of the events the most frequent ``share`` has."""
     ordered = np.sort(counts)[::-1]
-    return float(ordered[: max(1, int(share * len(ordered)))].sum() / ordered.sum())
+    return float(ordered[: max(1, round(share * len(ordered)))].sum() / ordered.sum())
 
 
 def repeated_pairs(store: SequenceStore) -> int:

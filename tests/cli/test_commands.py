@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,6 +72,20 @@ def test_json_is_all_there_is_on_stdout(
     assert printed == json.loads((out / "metrics.json").read_text())
 
 
+def test_ids_may_be_strings(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pq.read_table(log)
+    for column in ("user", "item"):
+        words = pa.array([f"{column}-{value}" for value in table[column].to_pylist()])
+        table = table.set_column(table.schema.get_field_index(column), column, words)
+    path, out = tmp_path / "words.parquet", tmp_path / "run"
+    pq.write_table(table, path)
+    assert run("train", "--data", path, "--rule", "joint", "--out", out, *QUICK, "--quiet") == 0
+    assert run("compare", out, out) == 0
+    capsys.readouterr()
+    with np.load(out / "test_ranks.npz", allow_pickle=False) as ranks:
+        assert set(ranks["users"].tolist()) <= set(table["user"].to_pylist())
+
+
 def bad_logs(folder: Path) -> dict[str, Path]:
     """Write one log for each way of being wrong."""
     users, items = [1, 1, 1, 2, 2, 2], [1, 2, 3, 1, 2, 3]
@@ -78,7 +93,7 @@ def bad_logs(folder: Path) -> dict[str, Path]:
         "wrong columns": pa.table({"uid": users, "item": items}),
         "nulls": pa.table({"user": [1, None, 1, 2, 2, 2], "item": items}),
         "negative ids": pa.table({"user": users, "item": [1, -2, 3, 1, 2, 3]}),
-        "string ids": pa.table({"user": users, "item": list("abcabc")}),
+        "truth as ids": pa.table({"user": users, "item": [True, False] * 3}),
         "empty": pa.table({"user": pa.array([], pa.int64()), "item": pa.array([], pa.int64())}),
         "one event each": pa.table({"user": [1, 2, 3], "item": [1, 2, 3]}),
         "duplicate columns": pa.Table.from_arrays(
@@ -104,7 +119,7 @@ def bad_logs(folder: Path) -> dict[str, Path]:
         ("wrong columns", "--user-col"),
         ("nulls", "null"),
         ("negative ids", "negative"),
-        ("string ids", "integer"),
+        ("truth as ids", "integer or string"),
         ("empty", "empty|no rows|0 rows"),
         ("one event each", "two training events|2 training events"),
         ("duplicate columns", "item"),
