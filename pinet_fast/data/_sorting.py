@@ -62,6 +62,7 @@ class EventTable:
         settings: dict[str, Any] = {
             "temp_directory": str(folder / "spill"),
             "preserve_insertion_order": False,  # rows are numbered instead
+            "enable_progress_bar": False,  # it goes to stdout, also where that is no terminal
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         }

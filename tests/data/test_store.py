@@ -271,3 +271,22 @@ def test_foreign_arrow_files_are_refused(tmp_path):
 def test_values_are_not_read_without_verify(store, tmp_path):
     path = edited(store, tmp_path / "edited.arrow", about={"crc32": 1})
     assert SequenceStore.open(path, verify=False).num_events == store.num_events
+
+
+def test_damaged_strings_are_refused_or_harmless(log, tmp_path):
+    table = pyarrow.parquet.read_table(log)
+    words = [f"user-{user}" for user in table["user"].to_pylist()]
+    store = prepare(table.set_column(0, "user", pa.array(words)), store_dir=tmp_path / "words")
+    raw, path = store.path.read_bytes(), tmp_path / "fuzzed.arrow"
+    rng = np.random.default_rng(2)
+    for place in rng.integers(0, len(raw), 400):
+        changed = bytearray(raw)
+        changed[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(changed)
+        with contextlib.suppress(StoreError):
+            opened = SequenceStore.open(path)
+            assert opened.user_ids.tolist() == store.user_ids.tolist()
+            assert np.array_equal(opened.items, store.items)
+    for keep in (10, len(raw) // 2, len(raw) - 1):
+        path.write_bytes(raw[:keep])
+        refused(path, "not a whole Arrow IPC file")
