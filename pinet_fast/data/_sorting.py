@@ -62,7 +62,6 @@ class EventTable:
         settings: dict[str, Any] = {
             "temp_directory": str(folder / "spill"),
             "preserve_insertion_order": False,  # rows are numbered instead
-            "enable_progress_bar": False,  # it goes to stdout, also where that is no terminal
             "autoinstall_known_extensions": False,
             "autoload_known_extensions": False,
         }
@@ -72,6 +71,8 @@ class EventTable:
             settings["threads"] = min(os.cpu_count() or 1, most)
         with self._explained():
             self._base = duckdb.connect(str(folder / "events.duckdb"), config=settings)
+            # It would go to stdout, also where that is no terminal.
+            self._base.execute("SET enable_progress_bar = false").fetchall()
 
     def close(self) -> None:
         """Close the database; its files may be deleted then."""
