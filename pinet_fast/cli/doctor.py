@@ -13,7 +13,7 @@ from rich.table import Table
 
 import pinet_fast
 from pinet_fast.cli.console import Output, output
-from pinet_fast.data.machine import measure
+from pinet_fast.data.floor import MemoryFloor
 from pinet_fast.kernels import backend_status
 
 _PACKAGES = ("torch", "triton", "numpy", "numba", "pyarrow", "duckdb", "nvtx")
@@ -39,7 +39,7 @@ def doctor(
 def _found() -> dict[str, Any]:
     import torch
 
-    machine = measure()
+    floor = MemoryFloor.measure()
     gpu = torch.cuda.is_available()
     return {
         "versions": {
@@ -54,9 +54,9 @@ def _found() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "copy_gb_per_s": machine.copy_gb_per_s,
-        "random_line_ns": machine.random_line_ns,
-        "floor_ns_per_row": {n: machine.floor_ns_per_row(n) for n in _LENGTHS},
+        "copy_gb_per_s": floor.copy_rate / 1e9,
+        "random_line_ns": floor.line_seconds * 1e9,
+        "floor_ns_per_row": {n: floor.seconds(1, n) * 1e9 for n in _LENGTHS},
     }
 
 

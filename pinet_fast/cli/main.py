@@ -70,8 +70,8 @@ def _run(arguments: list[str] | None) -> int:
     except PinetError as error:
         return _fail(_with_notes(error), EXIT_FAILURE)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("before the first checkpoint or twice; see --resume", EXIT_INTERRUPTED,
-                     label="interrupted")  # fmt: skip
+        message = "nothing half-written is left; a run that has a checkpoint goes on with --resume"
+        return _fail(message, EXIT_INTERRUPTED, label="interrupted")
     return code if isinstance(code, int) else 0
 
 
