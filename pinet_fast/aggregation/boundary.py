@@ -3,6 +3,10 @@
 Each op computes the ordinary forward, bit for bit, and in backward returns the ordinary gradient
 of its rows and, to a virtual leaf of shape [S, *shape], the S stratum gradients of the parameter.
 The parameter itself is given detached: it takes no part in the graph.
+
+Every op saves at least one tensor more than the function it replaces. Activation checkpointing
+recomputes in backward, outside the interception, and would hand the tensors of the plain function
+to these ops, whose order differs; the different count makes it an error instead.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ class StratifiedLinear(torch.autograd.Function):
         groups: RowGroups,
         layout: RowLayout,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
         return F.linear(rows, weight, bias)
@@ -64,7 +68,7 @@ class StratifiedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
+        rows, weight, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grad_rows = grad.matmul(weight) if needs[0] else None
         flat_grad = row_tensor(grad, 1)
@@ -90,7 +94,7 @@ class StratifiedMatmul(torch.autograd.Function):
         groups: RowGroups,
         layout: RowLayout,
     ) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
         return torch.matmul(rows, weight)
@@ -98,7 +102,7 @@ class StratifiedMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
+        rows, weight, _ = ctx.saved_tensors
         grad_rows = grad.matmul(weight.t()) if ctx.needs_input_grad[0] else None
         # Computed as the gradient of W^T, the layout of the item table behind `h @ E.T`.
         strata = stratum_weight_gradients(row_tensor(grad, 1), row_tensor(rows, 1), ctx.groups)
@@ -160,7 +164,7 @@ class StratifiedLayerNorm(torch.autograd.Function):
         layout: RowLayout,
     ) -> Tensor:
         out, mean, rstd = torch.native_layer_norm(rows, normalized_shape, weight, bias, eps)
-        ctx.save_for_backward(rows, mean, rstd, weight, bias)
+        ctx.save_for_backward(rows, mean, rstd, weight, bias, mean)
         ctx.normalized_shape = normalized_shape
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
@@ -169,7 +173,7 @@ class StratifiedLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, mean, rstd, weight, bias = ctx.saved_tensors
+        rows, mean, rstd, weight, bias, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
         shape = ctx.normalized_shape
         backward = torch.ops.aten.native_layer_norm_backward
@@ -213,7 +217,7 @@ class StratifiedBroadcast(torch.autograd.Function):
         groups: RowGroups,
         layout: RowLayout,
     ) -> Tensor:
-        ctx.save_for_backward(*((rows, parameter) if multiply else ()))
+        ctx.save_for_backward(*((rows, parameter, parameter) if multiply else ()))
         ctx.multiply = multiply
         ctx.shapes = rows.shape, parameter.shape
         ctx.groups = groups
@@ -225,7 +229,7 @@ class StratifiedBroadcast(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows, product = grad, grad
         if ctx.multiply:
-            rows, parameter = ctx.saved_tensors
+            rows, parameter, _ = ctx.saved_tensors
             grad_rows, product = grad * parameter, grad * rows
         rows_shape, shape = ctx.shapes
         parts = ctx.groups.split(product.movedim(ctx.layout.dim, 0))

@@ -153,6 +153,8 @@ class GradientAggregator(Optimizer):
         if parameters:
             index = index.to(parameters[0].device)
         wanted = self._wants_stratum_gradients()
+        if wanted:
+            _refuse_ranks()
         intercept = wanted and self.mode == "one-pass"
         session = Session(
             parameters,
@@ -407,6 +409,19 @@ class GradientAggregator(Optimizer):
 
     def __repr__(self) -> str:
         return f"GradientAggregator(rule={self.rule!r}, inner={self.inner!r})"
+
+
+def _refuse_ranks() -> None:
+    """Stratum gradients are not reduced across ranks yet, and each rank would go its own way."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if (ranks := distributed.get_world_size()) > 1:
+        raise AggregationError(
+            f"stratify: this process is one of {ranks} ranks, and stratum gradients are not "
+            'reduced across ranks yet; train on one, or use rule="joint" or "backdoor", which '
+            "need none"
+        )
 
 
 def _reported(losses: StratumLosses) -> Tensor:

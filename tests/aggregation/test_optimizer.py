@@ -492,3 +492,17 @@ def test_a_bare_step_on_a_fresh_optimizer_is_quiet() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.step()
+
+
+def test_several_ranks_are_refused_where_stratum_gradients_are_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    model = linear()
+    with (
+        pytest.raises(AggregationError, match=r'one of 4 ranks.*rule="joint"'),
+        GradientAggregator(adam(model), "agreement").stratify(IDS),
+    ):
+        pass
+    run_step(GradientAggregator(adam(model), "backdoor"), model)  # a plain backward: DDP's affair
