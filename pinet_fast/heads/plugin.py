@@ -73,9 +73,3 @@ class PluginHeads(nn.Module):
         if groups.order is None:
             return out
         return torch.empty_like(out).index_copy(0, groups.order, out)
-
-    @torch.no_grad()
-    def copy_stratum(self, stratum: int, other: PluginHeads) -> None:
-        """Take over the head of one stratum from ``other``."""
-        for mine, theirs in zip(self.parameters(), other.parameters(), strict=True):
-            mine[stratum] = theirs[stratum]

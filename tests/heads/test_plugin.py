@@ -50,15 +50,6 @@ def test_gradients_stay_inside_the_stratum() -> None:
         assert (p.grad[2] != 0).any()
 
 
-def test_copy_of_one_stratum() -> None:
-    mine, other = trained_heads(), trained_heads()
-    kept = [p.clone() for p in mine.parameters()]
-    mine.copy_stratum(1, other)
-    for p, old, new in zip(mine.parameters(), kept, other.parameters(), strict=True):
-        assert torch.equal(p[1], new[1])
-        assert torch.equal(p[[0, 2, 3]], old[[0, 2, 3]])
-
-
 def test_wrong_groups_and_sizes_are_named() -> None:
     heads = PluginHeads(4, 6)
     with pytest.raises(StrataError, match="5 rows in 4 strata; got 4 rows"):
