@@ -22,6 +22,7 @@ from pinet_fast.aggregation.rows import row_tensor
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
+    from pinet_fast.aggregation.leaves import Term
     from pinet_fast.aggregation.strata_index import RowGroups
 
 # torch.autograd.Function is untyped: its contexts and apply are Any throughout this file.
@@ -43,7 +44,9 @@ def stratum_weight_gradients(grad: Tensor, rows: Tensor, groups: RowGroups) -> T
 
 def stratum_sums(rows: Tensor, groups: RowGroups) -> Tensor:
     """Return the sum of the rows of every stratum: [N, ...] to [S, ...]."""
-    return torch.stack([part.sum(0) for part in groups.split(rows)])
+    # bf16 rows of an autocast region are summed, and kept, in float32.
+    dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
+    return torch.stack([part.sum(0, dtype=dtype) for part in groups.split(rows)])
 
 
 class StratifiedLinear(torch.autograd.Function):
@@ -107,44 +110,6 @@ class StratifiedMatmul(torch.autograd.Function):
         # Computed as the gradient of W^T, the layout of the item table behind `h @ E.T`.
         strata = stratum_weight_gradients(row_tensor(grad, 1), row_tensor(rows, 1), ctx.groups)
         return grad_rows, None, strata.transpose(1, 2), None, None
-
-
-class StratifiedEmbedding(torch.autograd.Function):
-    """``y = E[ids]``; the leaf [S, V, d] receives a sparse COO gradient over (stratum, item).
-
-    Lookups of ``padding_idx`` carry no gradient, as in ``F.embedding``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        ids: Tensor,
-        table: Tensor,
-        leaf: Tensor,
-        padding_idx: int,
-        row_strata: Tensor,
-        layout: RowLayout,
-    ) -> Tensor:
-        ctx.save_for_backward(ids, row_strata)
-        ctx.shape = leaf.shape
-        ctx.padding_idx = padding_idx
-        ctx.layout = layout
-        return F.embedding(ids, table)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, row_strata = ctx.saved_tensors
-        flat_ids = ids.reshape(-1)
-        values = grad.reshape(flat_ids.numel(), grad.shape[-1])
-        if ctx.padding_idx >= 0:
-            is_padding = flat_ids == ctx.padding_idx
-            if bool(is_padding.any()):  # ragged batches have none, and are spared the copy
-                values = values.masked_fill(is_padding.unsqueeze(1), 0.0)
-        strata = torch.sparse_coo_tensor(
-            torch.stack([row_strata, flat_ids.long()]), values, ctx.shape, check_invariants=False
-        )
-        return None, None, strata, None, None, None
 
 
 class StratifiedLayerNorm(torch.autograd.Function):
@@ -216,9 +181,11 @@ class StratifiedBroadcast(torch.autograd.Function):
         multiply: bool,
         groups: RowGroups,
         layout: RowLayout,
+        term: Term | None,
     ) -> Tensor:
         ctx.save_for_backward(*((rows, parameter, parameter) if multiply else ()))
         ctx.multiply = multiply
+        ctx.term = term  # read by losses.mark_terms
         ctx.shapes = rows.shape, parameter.shape
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
@@ -235,7 +202,7 @@ class StratifiedBroadcast(torch.autograd.Function):
         parts = ctx.groups.split(product.movedim(ctx.layout.dim, 0))
         sums = torch.stack([_sum_to(part.movedim(0, ctx.layout.dim), shape) for part in parts])
         for_rows = _sum_to(grad_rows, rows_shape) if ctx.needs_input_grad[0] else None
-        return for_rows, None, sums, None, None, None
+        return for_rows, None, sums, None, None, None, None
 
 
 def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:

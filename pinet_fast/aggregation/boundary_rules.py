@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pinet_fast.aggregation.boundary import (
     StratifiedBroadcast,
-    StratifiedEmbedding,
     StratifiedLayerNorm,
     StratifiedLinear,
     StratifiedMatmul,
@@ -25,18 +24,19 @@ Kwargs = dict[str, Any]
 
 
 def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    rows, weight, bias = _bind(args, kwargs, ("input", "weight", "bias"), {"bias": None})
+    rows, weight, bias = bind(args, kwargs, ("input", "weight", "bias"), {"bias": None})
     weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
     if mode.root_of(rows) is not None:
         raise BoundaryError("linear: the input is a parameter and the weight holds rows")
     shape = tuple(rows.shape[:-1])
-    layout = mode.rows.find(shape, rows)
+    layout = mode.find(shape, rows, (weight_root, bias_root))
     if layout is None:
         return mode.derive(func, args, kwargs)
+    rows, weight, bias = autocast(rows, _detached(weight, weight_root), _detached(bias, bias_root))
     return StratifiedLinear.apply(  # type: ignore[no-untyped-call]
         rows,
-        _detached(weight, weight_root),
-        _detached(bias, bias_root),
+        weight,
+        bias,
         mode.dense_leaf(weight_root, "linear", layout),
         mode.dense_leaf(bias_root, "linear", layout),
         mode.rows.groups_of(layout, shape),
@@ -45,7 +45,7 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
 
 
 def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    rows, weight = _bind(args, kwargs, ("input", "other"), {}, aliases={"mat2": "other"})
+    rows, weight = bind(args, kwargs, ("input", "other"), {}, aliases={"mat2": "other"})
     root = mode.root_of(weight)
     if root is None or weight.dim() != 2 or rows.dim() < 2:
         raise BoundaryError(
@@ -54,50 +54,29 @@ def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
             "`rows @ weight.T`"
         )
     shape = tuple(rows.shape[:-1])
-    layout = mode.rows.find(shape, rows)
+    layout = mode.find(shape, rows, (root,))
     if layout is None:
         return mode.derive(func, args, kwargs)
     leaf = mode.dense_leaf(root, "matmul", layout)
     groups = mode.rows.groups_of(layout, shape)
-    return StratifiedMatmul.apply(rows, weight.detach(), leaf, groups, layout)  # type: ignore[no-untyped-call]
-
-
-def _embedding(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
-    defaults = {"padding_idx": None, "max_norm": None, "norm_type": 2.0}
-    defaults |= {"scale_grad_by_freq": False, "sparse": False}
-    ids, table, padding_idx, max_norm, _, scale, _ = _bind(
-        args, kwargs, (*names, "sparse"), defaults
-    )
-    root = mode.root_of(table)
-    if root is None:
-        raise BoundaryError("embedding: the ids are computed from a parameter")
-    if max_norm is not None or scale:
-        raise BoundaryError(
-            "embedding: max_norm and scale_grad_by_freq change the table or its gradient by "
-            "counting over the whole batch, so strata cannot be told apart; leave them off"
-        )
-    layout = mode.rows.find(tuple(ids.shape), ids)
-    if layout is None:
-        return mode.derive(func, args, kwargs)
-    padding = -1 if padding_idx is None else padding_idx % table.shape[0]
-    leaf = mode.lookup_leaf(root, "embedding", layout)
-    groups = mode.rows.groups_of(layout, tuple(ids.shape))
-    return StratifiedEmbedding.apply(ids, table.detach(), leaf, padding, groups.ids, layout)  # type: ignore[no-untyped-call]
+    rows, matrix = autocast(rows, weight.detach())
+    return StratifiedMatmul.apply(rows, matrix, leaf, groups, layout)  # type: ignore[no-untyped-call]
 
 
 def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     names = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
     defaults = {"weight": None, "bias": None, "eps": 1e-5, "cudnn_enable": True}
-    rows, normalized_shape, weight, bias, eps, _ = _bind(args, kwargs, names, defaults)
+    rows, normalized_shape, weight, bias, eps, _ = bind(args, kwargs, names, defaults)
     if mode.root_of(rows) is not None:
         raise BoundaryError("layer_norm: the input is a parameter and the scale holds rows")
     normalized = [int(size) for size in normalized_shape]
     shape = tuple(rows.shape[: rows.dim() - len(normalized)])
-    layout = mode.rows.find(shape, rows)
+    weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
+    layout = mode.find(shape, rows, (weight_root, bias_root))
     if layout is None:
         return mode.derive(func, args, kwargs)
-    weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
+    if rows.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        rows = rows.float()  # autocast runs norms in float32 there; on a CPU as they come
     return StratifiedLayerNorm.apply(  # type: ignore[no-untyped-call]
         rows,
         normalized,
@@ -113,7 +92,9 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
 
 def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     """``rows + p``, ``rows - p``, ``rows * p`` and the same with the sides exchanged."""
-    left, right = _bind(args, kwargs, ("input", "other"), {})
+    left, right, alpha = bind(args, kwargs, ("input", "other", "alpha"), {"alpha": 1})
+    if alpha != 1:
+        right = mode.derive(torch.mul, (right, alpha), {}) if mode.root_of(right) else right * alpha
     op = func_name(func).strip("_").removeprefix("r")
     if func_name(func) == "__rsub__":
         left, right = right, left
@@ -131,13 +112,38 @@ def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
         size if dim < extra or parameter.shape[dim - extra] == 1 else -1
         for dim, size in enumerate(out_shape)
     )
-    layout = mode.rows.find(sizes, rows if rows.shape == out_shape else None)
+    layout = mode.find(sizes, rows if rows.shape == out_shape else None, (root,))
     if layout is None:
         return mode.derive(func, args, kwargs)
-    leaf = mode.dense_leaf(root, op, layout)
-    groups = mode.rows.groups_along(layout)
     multiply = op in ("mul", "multiply")
-    return StratifiedBroadcast.apply(rows, parameter.detach(), leaf, multiply, groups, layout)  # type: ignore[no-untyped-call]
+    term = None
+    if multiply or root.is_parameter or parameter.numel() != 1:
+        leaf = mode.dense_leaf(root, op, layout)
+    else:
+        term = mode.term_leaf(root, op, layout)
+        leaf = term.leaf
+    groups = mode.rows.groups_along(layout)
+    return StratifiedBroadcast.apply(  # type: ignore[no-untyped-call]
+        rows, parameter.detach(), leaf, multiply, groups, layout, term
+    )
+
+
+def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """``rows += p`` and its kin: computed beside the rows, then written into them."""
+    if not args or mode.root_of(args[0]) is not None:
+        raise BoundaryError(
+            f"{func_name(func)}: works in place on a parameter; use the form that returns a new "
+            "tensor"
+        )
+    name = func_name(func)
+    plain = f"__{name.strip('_')[1:]}__" if name.startswith("__") else name.removesuffix("_")
+    rows = args[0]
+    beside = _broadcast(mode, getattr(Tensor, plain), (rows.clone(), *args[1:]), kwargs)
+    if beside.shape != rows.shape:
+        raise BoundaryError(
+            f"{name}: the result {list(beside.shape)} does not fit into {list(rows.shape)}"
+        )
+    return rows.copy_(beside)
 
 
 def _detached(value: Tensor | None, root: object | None) -> Tensor | None:
@@ -145,7 +151,22 @@ def _detached(value: Tensor | None, root: object | None) -> Tensor | None:
     return value.detach() if value is not None and root is not None else value
 
 
-def _bind(
+def autocast(*tensors: Any) -> list[Any]:
+    """Return tensors as autocast casts them before a matrix product; None stays None.
+
+    Done outside the op, so that its backward runs in the dtypes that it saved, as torch's does.
+    """
+    kind = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+        for t in tensors
+    ]
+
+
+def bind(
     args: Args,
     kwargs: Kwargs,
     names: tuple[str, ...],
@@ -164,11 +185,10 @@ def _bind(
 
 def default_rules() -> dict[Any, BoundaryRule]:
     """Return the boundary rules by torch function."""
-    rules: dict[Any, BoundaryRule] = {
-        F.linear: _linear,
-        F.embedding: _embedding,
-        F.layer_norm: _layer_norm,
-    }
+    from pinet_fast.aggregation.lookup_rules import lookup_rules  # which uses bind of this file
+
+    rules: dict[Any, BoundaryRule] = {F.linear: _linear, F.layer_norm: _layer_norm}
+    rules |= lookup_rules()
     for name in ("matmul", "mm"):
         rules[getattr(torch, name)] = rules[getattr(Tensor, name)] = _matmul
     rules[Tensor.__matmul__] = _matmul
@@ -176,4 +196,6 @@ def default_rules() -> dict[Any, BoundaryRule]:
         rules[getattr(torch, name)] = rules[getattr(Tensor, name)] = _broadcast
     for name in ("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__rsub__"):
         rules[getattr(Tensor, name)] = _broadcast
+    for name in ("__iadd__", "__isub__", "__imul__", "add_", "sub_", "mul_"):
+        rules[getattr(Tensor, name)] = _in_place
     return rules

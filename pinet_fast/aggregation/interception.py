@@ -8,6 +8,7 @@ the model; outside the ``with`` nothing remains.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,16 +16,28 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pinet_fast.aggregation.composites import OPENED, opened
+from pinet_fast.aggregation.gradient_calls import (
+    GRADIENT_CALLS,
+    is_recording_hooks,
+    reentrant_error,
+    run_in_replay,
+)
 from pinet_fast.aggregation.leak_check import LeakCheck, Site, Use
-from pinet_fast.aggregation.leaves import Root, VirtualLeaves
+from pinet_fast.aggregation.leaves import Root, Term, VirtualLeaves
 from pinet_fast.aggregation.slice_rule import SliceProof, slice_rule
-from pinet_fast.errors import PinetError
+from pinet_fast.errors import BoundaryError, PinetError
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
     from pinet_fast.aggregation.rows import BatchRows
 
 BoundaryRule = Callable[["Interception", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+_ADDITIONS = frozenset(
+    {torch.add, torch.sub, Tensor.add, Tensor.sub, Tensor.__add__, Tensor.__radd__, Tensor.__sub__,
+     Tensor.__rsub__, Tensor.__iadd__, Tensor.__isub__, Tensor.add_, Tensor.sub_}
+)  # fmt: skip
+"""Where a term without rows may join a loss whose rows are reduced already."""
 
 
 class Interception(TorchFunctionMode):
@@ -38,6 +51,13 @@ class Interception(TorchFunctionMode):
         check: The leak check, asked which uses need proof.
         rules: Boundary rules by torch function.
         slice_proofs: What earlier steps established for functions under the slice rule.
+        takes_scalars: Whether ``loss.backward()`` on a reduced loss is expected.
+
+    Attributes:
+        uses: Uses that this step's leak check will prove.
+        saw_hooks: A boundary was computed while saved tensors went to hooks (checkpointing).
+        is_replaying: The engine recomputes a part of the forward.
+        is_shared: Work belongs to no user now: ``shared()`` is entered.
     """
 
     def __init__(
@@ -50,13 +70,19 @@ class Interception(TorchFunctionMode):
         check: LeakCheck,
         rules: dict[Any, BoundaryRule],
         slice_proofs: dict[Any, SliceProof],
+        takes_scalars: bool = False,
     ) -> None:
         super().__init__()
+        self.parameters = parameters
         self.names = names
         self.rows = rows
         self.leaves = leaves
         self.uses: list[Use] = []
         self.slice_proofs = slice_proofs
+        self.takes_scalars = takes_scalars
+        self.saw_hooks = False
+        self.is_replaying = False
+        self.is_shared = False
         self._check = check
         self._rules = rules
         self._occurrences: dict[tuple[Any, ...], int] = {}
@@ -72,35 +98,53 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        if not any(self.root_of(value) is not None for value in _tensors(args, kwargs)):
-            return func(*args, **kwargs)
-        return self._boundary_or_derived(func, args, kwargs)
+            return func(*args, **(kwargs or {}))
+        if not self.is_shared and not self._meets_root(args, kwargs):
+            if func in GRADIENT_CALLS:
+                return run_in_replay(self, func, args, kwargs or {})
+            return func(*args, **(kwargs or {}))
+        if func in GRADIENT_CALLS:
+            return run_in_replay(self, func, args, kwargs or {})
+        if self.is_shared:
+            return self.derive(func, args, kwargs or {})
+        return self._boundary_or_derived(func, args, kwargs or {})
+
+    def _meets_root(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
+        """Return whether a root is among the arguments; every call of the forward pays for this."""
+        roots = self._roots
+        for value in args:
+            if id(value) in roots:
+                return True
+            if isinstance(value, Tensor):
+                if value._base is not None and self.root_of(value) is not None:
+                    return True
+            elif isinstance(value, list | tuple):
+                for inner in value:
+                    if isinstance(inner, Tensor) and self.root_of(inner) is not None:
+                        return True
+        return bool(kwargs) and self._meets_root(tuple(kwargs.values()), None)  # type: ignore[union-attr]
 
     def _boundary_or_derived(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         tensors = list(_tensors(args, kwargs))
-        others = [t for t in tensors if self.root_of(t) is None]
-        if not any(self._may_hold_rows(t) for t in others):
-            return self.derive(func, args, kwargs)
-        rule = self._rules.get(func)
-        if rule is not None:
-            try:
-                return rule(self, func, args, kwargs)
-            except PinetError as error:
-                error.add_note(f"in {func_name(func)} with {self._describe(tensors)}")
-                raise
-        if func in OPENED:
-            with self:
-                return opened(func)(*args, **kwargs)
         try:
-            return slice_rule(self, func, args, kwargs)
+            self._refuse_transforms()
+            if not any(self._may_hold_rows(t) for t in tensors):
+                return self.derive(func, args, kwargs)
+            rule = self._rules.get(func)
+            if rule is not None:
+                return rule(self, func, args, kwargs)
+            if func not in OPENED:
+                return slice_rule(self, func, args, kwargs)
         except PinetError as error:
             error.add_note(f"in {func_name(func)} with {self._describe(tensors)}")
             raise
+        with self:
+            return opened(func)(*args, **kwargs)
+
+    # Roots --------------------------------------------------------------------------------------
 
     def root_of(self, value: Any) -> Root | None:
         """Return the root that ``value`` is, or None: a parameter, a view of one, or derived."""
@@ -117,48 +161,168 @@ class Interception(TorchFunctionMode):
     def derive(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Run a call that no row of the batch takes part in; its outputs are roots too."""
+        """Run a call that no row of the batch takes part in; its outputs are roots too.
+
+        Raises:
+            BoundaryError: What the parameter meets is computed from rows and has none left.
+        """
+        roots: list[Root] = []
+        foreign: list[Tensor] = []
+        has_rows = False
+        for tensor in _tensors(args, kwargs):
+            root = self.root_of(tensor)
+            if root is not None:
+                roots.append(root)
+            elif tensor.requires_grad:
+                if not self.carries_rows(tensor):
+                    foreign.append(tensor)
+                elif self.is_shared:
+                    has_rows = True
+                else:
+                    return self._joined_term(func, args, kwargs)
+        if self.is_shared and func is torch.nn.functional.embedding and roots:
+            is_sparse = args[6] if len(args) > 6 else kwargs.get("sparse", False)
+            self.leaves.note_lookup(roots[0], is_sparse)
+            # Pushed back S times, but never as [V, d].
+            args, kwargs = args[:6], {**kwargs, "sparse": True}
         out = func(*args, **kwargs)
-        sources = sorted(
-            {i for t in _tensors(args, kwargs) if (r := self.root_of(t)) for i in r.sources}
-        )
+        sources = tuple(sorted({i for root in roots for i in root.sources}))
         for tensor in _tensors((out,), {}):
             if tensor.requires_grad and id(tensor) not in self._roots:
-                self._adopt(tensor, tuple(sources))
+                adopted = self._adopt(tensor, sources)
+                adopted.has_rows = has_rows or any(root.has_rows for root in roots)
+                adopted.foreign = (*foreign, *(t for root in roots for t in root.foreign))
         return out
 
     def _adopt(self, tensor: Tensor, sources: tuple[int, ...]) -> Root:
         base = None if tensor._base is None else self._roots.get(id(tensor._base))
         transposed_from = base if base is not None and _is_transpose(tensor, base.tensor) else None
-        root = self._roots[id(tensor)] = Root(tensor, sources, transposed_from=transposed_from)
+        root = Root(tensor, sources, transposed_from=transposed_from, position=len(self._roots))
+        self._roots[id(tensor)] = root
         return root
 
-    def dense_leaf(self, root: Root | None, op: str, layout: RowLayout) -> Tensor | None:
+    def _joined_term(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Add parameters to something whose rows are reduced already: a penalty in the loss."""
+        if func not in _ADDITIONS or not self.takes_scalars:
+            raise BoundaryError(
+                f"{func_name(func)}: a parameter meets a tensor that is computed from rows of the "
+                "batch and has none left, so its gradient cannot be told apart by stratum; keep "
+                "one value a user or an event up to the loss, or mark work that belongs to no "
+                'user by `with opt.shared():`, or use GradientAggregator(..., mode="exact")'
+            )
+        return func(*(self._term_leaf(a) for a in args), **kwargs)
+
+    def _term_leaf(self, value: Any) -> Any:
+        root = self.root_of(value) if isinstance(value, Tensor) else None
+        return value if root is None else self.leaves.term(root).leaf
+
+    def carries_rows(self, tensor: Tensor) -> bool:
+        """Return whether the graph of ``tensor`` leads to a boundary of this forward."""
+        leaves = {id(leaf) for leaf in self.leaves.tensors()}
+        seen: set[Any] = set()
+        nodes = [tensor.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if id(getattr(node, "variable", None)) in leaves:
+                return True
+            nodes.extend(parent for parent, _ in node.next_functions)
+        return False
+
+    # Leaves -------------------------------------------------------------------------------------
+
+    def dense_leaf(
+        self, root: Root | None, op: str, layout: RowLayout, *, is_sliced: bool = False
+    ) -> Tensor | None:
         """Return the virtual tensor that receives the dense stratum gradients of ``root``."""
         if root is None:
             return None
+        self.saw_hooks = self.saw_hooks or is_recording_hooks()
         leaf = self.leaves.dense(root)
-        site = self._site(root, op, layout)
-        if self._check.wants(site, self.leaves.num_strata):
+        if self._wants_proof(site := self._site(root, op, layout, is_sliced)):
             leaf = leaf.view_as(leaf)  # a node of this use's own, for its own proof
             self.uses.append(Use(site, leaf))
         return leaf
 
-    def lookup_leaf(self, root: Root, op: str, layout: RowLayout) -> Tensor:
+    def lookup_leaf(
+        self, root: Root, op: str, layout: RowLayout, is_sparse: bool = False
+    ) -> Tensor:
         """Return a virtual leaf that receives the sparse stratum gradients of one lookup."""
+        self.saw_hooks = self.saw_hooks or is_recording_hooks()
         leaf = self.leaves.lookup(root)
-        site = self._site(root, op, layout)
-        if self._check.wants(site, self.leaves.num_strata):
+        self.leaves.note_lookup(root, is_sparse)
+        if self._wants_proof(site := self._site(root, op, layout)):
             self.uses.append(Use(site, leaf))
         return leaf
 
-    def _site(self, root: Root, op: str, layout: RowLayout) -> Site:
+    def term_leaf(self, root: Root, op: str, layout: RowLayout) -> Term:
+        """Return a leaf [S] for a derived number that is added to rows."""
+        self.saw_hooks = self.saw_hooks or is_recording_hooks()
+        term = self.leaves.added_term(root)
+        if self._wants_proof(site := self._site(root, op, layout)):
+            self.uses.append(Use(site, term.leaf))
+        return term
+
+    def _wants_proof(self, site: Site) -> bool:
+        return not self.is_replaying and self._check.wants(site, self.leaves.num_strata)
+
+    def _site(self, root: Root, op: str, layout: RowLayout, is_sliced: bool = False) -> Site:
         key = (root.sources, op, layout.kind.split(" ")[0], layout.dim)
         occurrence = self._occurrences[key] = self._occurrences.get(key, -1) + 1
-        return Site(*key, occurrence)
+        return Site(*key, occurrence, is_sliced)
+
+    # Rows ---------------------------------------------------------------------------------------
+
+    def find(
+        self, shape: tuple[int, ...], tensor: Tensor | None, roots: Sequence[Root | None]
+    ) -> RowLayout | None:
+        """Return the row layout of a call's operand: as declared for a parameter, or found.
+
+        Args:
+            shape: Sizes of the dimensions that can hold rows; -1 for dimensions that cannot.
+            tensor: The operand; None where it has no graph worth asking.
+            roots: The parameters it meets.
+        """
+        if self.rows.declared:
+            for root in roots:
+                for source in () if root is None else root.sources:
+                    layout = self.rows.find_declared(self.names[source], shape)
+                    if layout is not None:
+                        return layout
+        return self.rows.find(shape, tensor)
 
     def _may_hold_rows(self, tensor: Tensor) -> bool:
-        return any(self.rows.is_row_size(size) for size in tensor.shape)
+        root = self.root_of(tensor)
+        if root is None:
+            return any(self.rows.is_row_size(size) for size in tensor.shape)
+        return bool(self.rows.declared) and any(
+            self.names[source] in self.rows.declared for source in root.sources
+        )
+
+    # Recomputation ------------------------------------------------------------------------------
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Compute boundaries inside again: the same ops, with leaves that lead nowhere."""
+        leaves, was_replaying = self.leaves, self.is_replaying
+        self.leaves = VirtualLeaves(leaves.num_strata, on_gradient=_refuse_reentrant)
+        self.is_replaying = True
+        try:
+            yield
+        finally:
+            self.leaves, self.is_replaying = leaves, was_replaying
+
+    def _refuse_transforms(self) -> None:
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise BoundaryError(
+                "stratify: inside torch.func transforms (vmap, grad, jvp) the rows of the batch "
+                "are hidden; call the model on the whole batch, without vmap, inside "
+                "`with opt.stratify(...)`"
+            )
 
     def _describe(self, tensors: Sequence[Tensor]) -> str:
         return ", ".join(
@@ -167,6 +331,10 @@ class Interception(TorchFunctionMode):
             else f"a tensor {list(t.shape)}"
             for t in tensors
         )
+
+
+def _refuse_reentrant(grad: Tensor) -> None:
+    raise reentrant_error()
 
 
 def _tensors(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:

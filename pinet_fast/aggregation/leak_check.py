@@ -9,16 +9,20 @@ zero-initialised layer above hides every leak, so until then the site stays arme
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from pinet_fast.aggregation.coverage import Coverage, CoverageEntry
 from pinet_fast.errors import ConfigError, StratumLeakError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+logger = logging.getLogger("pinet_fast.aggregation")
 
 CheckMode = Literal["first", "never", "always"]
 
@@ -37,6 +41,7 @@ class Site(NamedTuple):
     kind: str
     dim: int
     occurrence: int
+    is_sliced: bool = False
 
 
 @dataclass
@@ -71,6 +76,7 @@ class LeakCheck:
             raise ConfigError(f'check: expected "first", "never" or "always", got {mode!r}')
         self.mode: CheckMode = mode
         self._proofs: dict[Site, _Proof] = {}
+        self._accepted: set[Site] = set()
         # Of its own: a check must not move the stream that dropout draws from.
         self._generator = torch.Generator().manual_seed(0)
 
@@ -88,8 +94,8 @@ class LeakCheck:
 
     def run(
         self, uses: Sequence[Use], losses: Tensor, present: Sequence[bool], step: int,
-        names: Sequence[str],
-    ) -> None:  # fmt: skip
+        names: Sequence[str], *, accept: bool = False,
+    ) -> bool:  # fmt: skip
         """Check the uses of this step; keeps the graph for the backward that follows.
 
         Args:
@@ -98,13 +104,18 @@ class LeakCheck:
             present: Which strata have rows in this batch.
             step: The step, noted at sites proven now.
             names: Names of the parameters, for messages.
+            accept: Whether leaks are only reported.
+
+        Returns:
+            Whether there was a leak; such sites stay unproven.
 
         Raises:
             StratumLeakError: A stratum's loss reaches another stratum's slice.
         """
         if not bool(losses.detach()[list(present)].isfinite().all()):
-            return  # an overflow (a loss scale too large, say) proves nothing: stay armed
+            return False  # an overflow (a loss scale too large, say) proves nothing: stay armed
         here = torch.tensor(list(present))
+        has_leak = False
         for members in _subsets(here):
             factors = torch.rand(len(present), generator=self._generator) + 0.5
             cotangent = (factors * members).to(losses)
@@ -115,11 +126,20 @@ class LeakCheck:
             for use, grad in zip(uses, grads, strict=True):
                 if grad is not None:
                     sizes = _slice_sizes(grad)
-                    self._judge(use.site, sizes, members, here, names)
+                    try:
+                        self._judge(use.site, sizes, members, here, names)
+                    except StratumLeakError as leak:
+                        if not accept:
+                            raise
+                        has_leak = True
+                        if use.site not in self._accepted:
+                            self._accepted.add(use.site)
+                            logger.warning("attributed by row: %s", leak)
         for use in uses:
             proof = self._proofs.get(use.site)
             if proof is not None and proof.complete and proof.step is None:
                 proof.step = step
+        return has_leak
 
     def _judge(
         self, site: Site, sizes: Tensor, members: Tensor, here: Tensor, names: Sequence[str]
@@ -139,6 +159,17 @@ class LeakCheck:
         """Return every site seen and the step at which it was proven (None = not yet)."""
         return [(site, proof.step) for site, proof in self._proofs.items()]
 
+    def coverage_of(self, names: Sequence[str]) -> Coverage:
+        """Return the sites as entries that people read."""
+        return Coverage(
+            CoverageEntry(
+                "+".join(names[i] for i in site.parameter), site.op,
+                "slice" if site.is_sliced else "boundary", site.kind, site.dim,
+                site.occurrence + 1, step,
+            )
+            for site, step in self.coverage()
+        )  # fmt: skip
+
 
 def _subsets(here: Tensor) -> list[Tensor]:
     """Return masks over the present strata: those whose id has a given bit set, and not set."""
@@ -155,7 +186,8 @@ def _subsets(here: Tensor) -> list[Tensor]:
 def _slice_sizes(grad: Tensor) -> Tensor:
     """Return the sum of magnitudes in each stratum's slice of a leaf's gradient: [S], on host."""
     if grad.is_sparse:
-        per_row = grad._values().abs().sum(1).double()
+        values = grad._values()
+        per_row = values.abs().reshape(values.shape[0], -1).sum(1).double()
         sizes = per_row.new_zeros(grad.shape[0]).index_add_(0, grad._indices()[0], per_row)
     else:
         sizes = grad.abs().flatten(1).sum(1).double()
@@ -170,6 +202,7 @@ def _leak_message(site: Site, stratum: int, leak: float, own: float, names: Sequ
         f"{site.dim}, the loss of other strata reaches the gradient of stratum {stratum} "
         f"({share}). The model mixes users across rows (in-batch negatives, batch statistics), or "
         "another dimension holds the rows. Give the ragged layout by stratify(strata, "
-        "lengths=...), move the mixing part out of the model, or pay for S backwards with "
+        "lengths=...) or rows=..., mark work whose rows belong to no user by `with opt.shared():`, "
+        'accept it by stratify(..., leaks="attribute-by-row"), or pay for S backwards with '
         'GradientAggregator(..., mode="exact")'
     )

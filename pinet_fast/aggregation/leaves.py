@@ -4,14 +4,23 @@ A virtual leaf has shape [S, *shape] and stride 0 along S: it owns no memory. Bo
 beside the parameter and hand it the stratum gradients. Lookups have a leaf of their own each, with
 a sparse gradient over (stratum, item), so that an item table never costs [S, V, d] unless it is
 used densely too.
+
+Gradients that arrive at a derived tensor are pushed back to the parameters it is computed from,
+once for each stratum: what lies between is batch-free, hence cheap.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from pinet_fast.aggregation.stratum_gradient import StratumGradient, from_lookups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
 
 
 @dataclass(eq=False)
@@ -21,48 +30,70 @@ class Root:
     Attributes:
         tensor: The tensor as the model uses it.
         sources: Positions of the parameters it is computed from; one for a parameter or its view.
+        is_parameter: It is a parameter of the optimizer itself.
         transposed_from: The 2-D parameter's root of which ``tensor`` is the plain transpose.
+        has_rows: Computed inside ``shared()`` from rows too, which reach the parameters through
+            boundaries of their own.
+        foreign: Tensors it is computed from too that require gradients and are not ours.
+        position: Counts roots in the order they were made; a root depends on earlier ones only.
     """
 
     tensor: Tensor
     sources: tuple[int, ...]
     is_parameter: bool = False
     transposed_from: Root | None = None
+    has_rows: bool = False
+    foreign: tuple[Tensor, ...] = ()
+    position: int = 0
 
 
 @dataclass
-class StratumGradient:
-    """The S stratum gradients of one parameter.
+class Lookup:
+    """One lookup's virtual leaf.
 
     Attributes:
-        values: [S, *shape]; or [S, U, d] where only U rows of the parameter were touched.
-        rows: The touched rows of the parameter, int64 [U], ascending; None = all.
-        touched: Which strata touched which of these rows, bool [S, U]; None where ``rows`` is.
+        root: The table.
+        leaf: The leaf; its gradient is sparse over (stratum, item).
     """
 
-    values: Tensor
-    rows: Tensor | None = None
-    touched: Tensor | None = None
+    root: Root
+    leaf: Tensor
 
-    def combined(self, weights: Tensor, like: Tensor) -> Tensor:
-        """Return ``sum_s weights[s] * values[s]`` in the shape of the parameter ``like``."""
-        num_strata = self.values.shape[0]
-        flat = self.values.reshape(num_strata, -1)
-        mixed = torch.mv(flat.t(), weights.to(flat.dtype)).reshape(self.values.shape[1:])
-        return self.spread(mixed, like)
 
-    def spread(self, gradient: Tensor, like: Tensor) -> Tensor:
-        """Put a gradient of the touched rows, [U, d], into the shape of ``like``."""
-        if self.rows is None:
-            return gradient
-        return torch.zeros_like(like).index_copy_(0, self.rows, gradient)
+@dataclass
+class Term:
+    """A derived number added to the losses, such as an L2 penalty.
 
-    def dense(self, like: Tensor) -> Tensor:
-        """Return all S gradients in full, [S, *shape]; for tests and exact comparisons."""
-        if self.rows is None:
-            return self.values
-        full = like.new_zeros((self.values.shape[0], *like.shape))
-        return full.index_copy_(1, self.rows, self.values)
+    Attributes:
+        root: The derived tensor without rows.
+        leaf: Receives its gradient: of the shape of ``root``, or [S] where it was added to rows.
+        is_apart: It is batch-free: its gradient is added once, after the rule. Where False, the
+            sum is a boundary like any other.
+    """
+
+    root: Root
+    leaf: Tensor
+    is_apart: bool
+
+    def gradient(self) -> Tensor | None:
+        """Return the gradient of the term, once and for all strata."""
+        grad = self.leaf.grad
+        if grad is None or grad.shape == self.root.tensor.shape:
+            return grad
+        return grad.amax(0)  # the strata that are present saw the same; absent ones saw none
+
+
+@dataclass
+class Collected:
+    """What one backward left.
+
+    Attributes:
+        strata: The S stratum gradients, one entry a parameter; None = untouched.
+        terms: The gradient of batch-free terms, one entry a parameter; None = in no term.
+    """
+
+    strata: list[StratumGradient | None]
+    terms: list[Tensor | None]
 
 
 @dataclass
@@ -71,11 +102,15 @@ class VirtualLeaves:
 
     Args:
         num_strata: S.
+        on_gradient: Called with every gradient that reaches a leaf, where given.
     """
 
     num_strata: int
+    on_gradient: Callable[[Tensor], None] | None = None
     _dense: dict[int, tuple[Root, Tensor]] = field(default_factory=dict)
-    _lookups: list[tuple[Root, Tensor]] = field(default_factory=list)
+    _lookups: list[Lookup] = field(default_factory=list)
+    _terms: list[Term] = field(default_factory=list)
+    _is_sparse: dict[int, bool] = field(default_factory=dict)
 
     def dense(self, root: Root) -> Tensor:
         """Return the virtual tensor [S, *shape] that receives stratum gradients of ``root``."""
@@ -89,97 +124,160 @@ class VirtualLeaves:
     def lookup(self, root: Root) -> Tensor:
         """Return a virtual leaf for one lookup in ``root``; its gradient will be sparse."""
         leaf = self._new(root)
-        self._lookups.append((root, leaf))
+        self._lookups.append(Lookup(root, leaf))
         return leaf
+
+    def note_lookup(self, root: Root, is_sparse: bool) -> None:
+        """Note whether a lookup asks for a sparse gradient; one that does not makes it dense."""
+        for source in root.sources:
+            self._is_sparse[source] = is_sparse and self._is_sparse.get(source, True)
+
+    def term(self, root: Root) -> Term:
+        """Return a leaf for a term that is added where no rows are left."""
+        leaf = self._watched(root.tensor.detach().requires_grad_())
+        self._terms.append(Term(root, leaf, is_apart=True))
+        return self._terms[-1]
+
+    def added_term(self, root: Root) -> Term:
+        """Return a leaf [S] for a derived number that is added to rows."""
+        self._terms.append(Term(root, self._new(root), is_apart=False))
+        return self._terms[-1]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all leaves."""
+        leaves = [leaf for _, leaf in self._dense.values()]
+        leaves += [entry.leaf for entry in self._lookups]
+        return leaves + [term.leaf for term in self._terms]
+
+    @property
+    def share_rows(self) -> bool:
+        """Return whether rows took part in shared work: their graph is needed after the backward."""
+        return any(root.has_rows for root, _ in self._dense.values()) or any(
+            entry.root.has_rows for entry in self._lookups
+        )
+
+    def clear_gradients(self) -> None:
+        """Drop what has arrived."""
+        for leaf in self.tensors():
+            leaf.grad = None
 
     def _new(self, root: Root) -> Tensor:
         tensor = root.tensor.detach()
-        return tensor.expand(self.num_strata, *tensor.shape).requires_grad_()
+        return self._watched(tensor.expand(self.num_strata, *tensor.shape).requires_grad_())
 
-    def collect(self, parameters: list[Tensor]) -> list[StratumGradient | None]:
-        """Return the stratum gradients that the backward left, one a parameter (None = untouched).
+    def _watched(self, leaf: Tensor) -> Tensor:
+        if self.on_gradient is not None:
+            leaf.register_hook(self.on_gradient)  # type: ignore[no-untyped-call]
+        return leaf
+
+    def collect(self, parameters: Sequence[Tensor]) -> Collected:
+        """Return the stratum gradients that the backward left.
 
         Args:
             parameters: The parameters, in the order that ``Root.sources`` counts them.
         """
-        dense: list[Tensor | None] = [None] * len(parameters)
-        lookups: list[list[Tensor]] = [[] for _ in parameters]
-        for root, leaf in self._dense.values():
+        return _Collection(self, parameters).run()
+
+
+class _Collection:
+    """One run of :meth:`VirtualLeaves.collect`."""
+
+    def __init__(self, leaves: VirtualLeaves, parameters: Sequence[Tensor]) -> None:
+        self.leaves = leaves
+        self.parameters = parameters
+        self.dense: list[Tensor | None] = [None] * len(parameters)
+        self.lookups: list[list[Tensor]] = [[] for _ in parameters]
+        self.derived: dict[int, tuple[Root, Tensor]] = {}
+
+    def run(self) -> Collected:
+        for root, leaf in self.leaves._dense.values():
             if leaf.grad is not None:
-                _attribute(dense, root, leaf.grad, parameters)
-        for root, leaf in self._lookups:
-            if leaf.grad is None:
-                continue
-            if root.is_parameter:
-                lookups[root.sources[0]].append(leaf.grad)
+                self._add(root, leaf.grad)
+        for entry in self.leaves._lookups:
+            if entry.leaf.grad is not None:
+                self._add(entry.root, entry.leaf.grad)
+        for term in self.leaves._terms:
+            if term.leaf.grad is not None and not term.is_apart:
+                self._add(term.root, term.leaf.grad)
+        # A root depends on earlier ones only, so the latest is complete.
+        while self.derived:
+            latest = max(self.derived, key=lambda key: self.derived[key][0].position)
+            self._push(*self.derived.pop(latest))
+        strata: list[StratumGradient | None] = []
+        for i, (dense, lookups) in enumerate(zip(self.dense, self.lookups, strict=True)):
+            if lookups:
+                is_sparse = self.leaves._is_sparse.get(i, False)
+                strata.append(from_lookups(lookups, dense, is_sparse=is_sparse))
             else:
-                _attribute(dense, root, leaf.grad.to_dense(), parameters)
-        merged = zip(dense, lookups, strict=True)
-        return [_merged(known, sparse) for known, sparse in merged]
+                strata.append(None if dense is None else StratumGradient(dense))
+        return Collected(strata, self._terms())
 
+    def _add(self, root: Root, grad: Tensor) -> None:
+        """Add the gradient [S, *root.shape], dense or over (stratum, item)."""
+        if root.is_parameter and grad.is_sparse:
+            self.lookups[root.sources[0]].append(grad)
+            return
+        grad = grad.to_dense() if grad.is_sparse else grad
+        if root.is_parameter:
+            source = root.sources[0]
+            known = self.dense[source]
+            self.dense[source] = grad if known is None else known + grad
+        else:
+            entry = self.derived.get(id(root))
+            self.derived[id(root)] = (root, grad if entry is None else entry[1] + grad)
 
-def _attribute(
-    dense: list[Tensor | None], root: Root, grad: Tensor, parameters: list[Tensor]
-) -> None:
-    """Add the gradient [S, *root.shape] to the parameters that ``root`` is computed from.
-
-    What lies between a parameter and a derived tensor is batch-free, hence cheap: it is pushed
-    back once per stratum.
-    """
-    if root.is_parameter:
-        gradients: list[Tensor | None] = [grad]
-    else:
-        sources = [parameters[i] for i in root.sources]
+    def _push(self, root: Root, grad: Tensor) -> None:
+        """Push the gradient of a derived tensor back to what it is computed from."""
+        targets = [self.parameters[i] for i in root.sources]
+        uses: list[tuple[Root, Tensor]] = []
+        if root.has_rows:
+            uses = list(self.leaves._dense.values())
+            uses += [(entry.root, entry.leaf) for entry in self.leaves._lookups]
+            targets += [leaf for _, leaf in uses]
         pushed = [
-            torch.autograd.grad(root.tensor, sources, g, retain_graph=True, allow_unused=True)
+            torch.autograd.grad(root.tensor, targets, g, retain_graph=True, allow_unused=True)
             for g in grad
         ]
-        gradients = [
-            None if parts[0] is None else torch.stack(parts) for parts in zip(*pushed, strict=True)
-        ]
-    for source, gradient in zip(root.sources, gradients, strict=True):
-        if gradient is not None:
-            known = dense[source]
-            dense[source] = gradient if known is None else known + gradient
+        parts = list(zip(*pushed, strict=True))
+        for source, part in zip(root.sources, parts, strict=False):
+            if part[0] is None:
+                continue
+            stacked = torch.stack(part)
+            if stacked.is_sparse:
+                self.lookups[source].append(stacked.coalesce())
+            else:
+                known = self.dense[source]
+                self.dense[source] = stacked if known is None else known + stacked
+        for (used, _), part in zip(uses, parts[len(root.sources) :], strict=True):
+            if part[0] is not None:
+                # The rows behind a shared tensor belong to no user: which stratum they are of
+                # does not matter, whose loss used them does.
+                whole = [torch.sparse.sum(g, 0) if g.is_sparse else g.sum(0) for g in part]
+                stacked = torch.stack(whole)
+                self._add(used, stacked.coalesce() if stacked.is_sparse else stacked)
+        if root.foreign:
+            foreign = list(root.foreign)
+            grads = torch.autograd.grad(
+                root.tensor, foreign, grad.sum(0), retain_graph=True, allow_unused=True
+            )
+            for tensor, ordinary in zip(foreign, grads, strict=True):
+                if ordinary is not None:
+                    torch.autograd.backward(tensor, ordinary, retain_graph=True)
 
-
-def _merged(dense: Tensor | None, lookups: list[Tensor]) -> StratumGradient | None:
-    """Merge the dense gradient and the lookups' sparse ones of one parameter."""
-    if not lookups:
-        return None if dense is None else StratumGradient(dense)
-    indices = torch.cat([g._indices() for g in lookups], dim=1)
-    values = torch.cat([g._values() for g in lookups])
-    strata, ids = indices[0], indices[1]
-    if dense is not None:
-        num_strata, num_rows, *rest = dense.shape
-        flat = dense.reshape(num_strata * num_rows, *rest)
-        if flat.data_ptr() == dense.data_ptr():
-            flat = flat.clone()  # a gradient may be shared with another holder
-        flat.index_add_(0, strata * num_rows + ids, values)
-        return StratumGradient(flat.view(num_strata, num_rows, *rest))
-    num_strata, num_rows = lookups[0].shape[:2]
-    rows, position = _touched(ids, num_rows)
-    num_touched = rows.numel()
-    place = strata * num_touched + position
-    compact = values.new_zeros((num_strata * num_touched, values.shape[1]))
-    compact.index_add_(0, place, values)
-    touched = torch.zeros(num_strata * num_touched, dtype=torch.bool, device=ids.device)
-    touched[place] = True
-    return StratumGradient(
-        compact.view(num_strata, num_touched, values.shape[1]),
-        rows,
-        touched.view(num_strata, num_touched),
-    )
-
-
-def _touched(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the distinct ids, ascending, and the position of every id among them.
-
-    By marking rows instead of sorting ids: a pass over the table's length in bytes is cheaper.
-    """
-    mark = torch.zeros(num_rows, dtype=torch.bool, device=ids.device)
-    mark[ids] = True
-    rows = mark.nonzero().squeeze(1)
-    place = torch.empty(num_rows, dtype=torch.int64, device=ids.device)
-    place[rows] = torch.arange(rows.numel(), device=ids.device)
-    return rows, place[ids]
+    def _terms(self) -> list[Tensor | None]:
+        """Return the gradient of the batch-free terms, one a parameter."""
+        totals: list[Tensor | None] = [None] * len(self.parameters)
+        for term in self.leaves._terms:
+            grad = term.gradient() if term.is_apart else None
+            if grad is None:
+                continue
+            sources = [self.parameters[i] for i in term.root.sources]
+            parts = torch.autograd.grad(
+                term.root.tensor, sources, grad, retain_graph=True, allow_unused=True
+            )
+            for source, pushed in zip(term.root.sources, parts, strict=True):
+                if pushed is not None:
+                    dense = pushed.to_dense() if pushed.is_sparse else pushed
+                    known = totals[source]
+                    totals[source] = dense if known is None else known + dense
+        return totals

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pinet_fast import profiling
+from pinet_fast.aggregation.envelope import refuse_outside_envelope
+from pinet_fast.aggregation.gradient_calls import replay
+from pinet_fast.aggregation.joined import JoinedOptimizers, joined
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
+from pinet_fast.aggregation.losses import (
+    LossRows,
+    Reduction,
+    ScalarLoss,
+    StratumLosses,
+    mark_terms,
+    stratum_losses,
+)
+from pinet_fast.aggregation.pending import PendingGradients
 from pinet_fast.aggregation.report import AggregationReport, LeakState
 from pinet_fast.aggregation.rules import (
     ConstantRule,
@@ -20,17 +33,24 @@ from pinet_fast.aggregation.rules import (
     Rule,
     by_name,
 )
-from pinet_fast.aggregation.session import Session, StratumLosses, stratum_losses
+from pinet_fast.aggregation.session import Session
 from pinet_fast.aggregation.strata_index import StrataIndex
 from pinet_fast.errors import AggregationError, ConfigError, StrataError
 from pinet_fast.kernels import stratum_gram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from pinet_fast.aggregation.coverage import Coverage
+    from pinet_fast.aggregation.leaves import Collected
     from pinet_fast.aggregation.slice_rule import SliceProof
 
 _STATE_KEY = "pinet_fast"
+
+_SAVED = ("inner", "rule", "num_strata", "counts", "mode", "absent", "report_every", "_num_steps")
+
+Absent = Literal["renormalise", "skip"]
+Leaks = Literal["error", "attribute-by-row"]
 
 
 class GradientAggregator(Optimizer):
@@ -49,12 +69,12 @@ class GradientAggregator(Optimizer):
     The wrapper is a real optimizer: ``param_groups``, ``state`` and ``defaults`` are those of the
     wrapped one, so schedulers, scalers and checkpoints work as before. It never sees the model.
 
-    Several ``backward`` calls before a ``step`` add up their aggregated gradients: for constant
-    rules the gradient of the larger batch, for rules that depend on gradients the sum of what the
-    rule made of each part.
+    Several ``backward`` calls before a ``step`` add up their stratum gradients, and ``p.grad`` is
+    combined anew from the sums. Where something else writes to ``p.grad`` in between, what is there
+    stays as it is and the sums start anew. Hooks on parameters run on the combined gradient.
 
     Args:
-        opt: The optimizer to wrap.
+        opt: The optimizer to wrap, or several that step together: ``[adam, sparse_adam]``.
         rule: A name of ``pinet_fast.rules.names()``, a rule object, or any function from the Gram
             [K, K] of the present strata to their weights [K]. Constant rules (joint, backdoor)
             cost one plain backward of
@@ -66,6 +86,10 @@ class GradientAggregator(Optimizer):
         mode: ``"one-pass"``; or ``"exact"``, one backward a stratum over the joint graph, without
             interception: right also where a loss mixes users (in-batch negatives, batch
             statistics), at S times the backward's cost.
+        absent: What constant rules make of strata that a batch lacks. ``"renormalise"``: the
+            others share their weight, which tilts the estimate towards strata that are always
+            there; ``"skip"``: it is lost, and the step is shorter. Rules that depend on gradients
+            see the strata that are there, either way.
         report_every: Compute stratum gradients, for the report's Gram, at every k-th step also for
             constant rules; None = never.
 
@@ -73,35 +97,34 @@ class GradientAggregator(Optimizer):
         ConfigError: An unknown rule or check, or something that is no optimizer.
     """
 
+    wraps_optimizer = True
+
     def __init__(
         self,
-        opt: Optimizer,
+        opt: Optimizer | Sequence[Optimizer],
         rule: str | Rule | Callable[[Tensor], Tensor] = "backdoor",
         *,
         num_strata: int | None = None,
         counts: Sequence[int] | None = None,
         check: CheckMode = "first",
         mode: Literal["one-pass", "exact"] = "one-pass",
+        absent: Absent = "renormalise",
         report_every: int | None = None,
     ) -> None:
-        if not isinstance(opt, Optimizer):
-            raise ConfigError(
-                "GradientAggregator: expected a torch.optim.Optimizer, got "
-                f"{type(opt).__name__}; wrap the optimizer you have, as in "
-                "GradientAggregator(torch.optim.Adam(model.parameters()))"
-            )
-        if isinstance(opt, GradientAggregator):
-            raise ConfigError("GradientAggregator: the optimizer is wrapped already")
+        inner = joined(opt)
+        if absent not in get_args(Absent):
+            raise ConfigError(f'absent: expected "renormalise" or "skip", got {absent!r}')
         if mode not in ("one-pass", "exact"):
             raise ConfigError(f'mode: expected "one-pass" or "exact", got {mode!r}')
         if report_every is not None and report_every < 1:
             raise ConfigError(f"report_every: expected a number >= 1, got {report_every}")
-        super().__init__(opt.param_groups, opt.defaults)
-        self.inner = opt
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner: Optimizer = inner
         self.rule: Rule = by_name(rule)
         self.num_strata = num_strata
         self.counts = None if counts is None else tuple(counts)
         self.mode = mode
+        self.absent: Absent = absent
         self.report_every = report_every
         self.report = AggregationReport(mode="plain")
         self._check = LeakCheck(check)
@@ -110,6 +133,7 @@ class GradientAggregator(Optimizer):
 
     def _reset(self) -> None:
         self._session: Session | None = None
+        self._pending = PendingGradients()
         self._inside = False
         self._fresh = False
         self._num_steps = 0
@@ -119,6 +143,8 @@ class GradientAggregator(Optimizer):
 
     def _alias(self) -> None:
         """Share the inner optimizer's state, so that both always are one."""
+        if isinstance(self.inner, JoinedOptimizers):
+            self.inner.refresh()
         self.param_groups = self.inner.param_groups
         self.state = self.inner.state
         self.defaults = self.inner.defaults
@@ -132,6 +158,10 @@ class GradientAggregator(Optimizer):
         *,
         num_strata: int | None = None,
         lengths: Tensor | Sequence[int] | None = None,
+        rows: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
+        reduction: Reduction | None = None,
+        row_weights: Tensor | None = None,
+        leaks: Leaks = "error",
     ) -> Iterator[None]:
         """Compute the forward of one batch inside this context.
 
@@ -140,22 +170,49 @@ class GradientAggregator(Optimizer):
                 int [B] in any order.
             num_strata: S, where ``strata`` are raw ids and the constructor was not told.
             lengths: Events of every user, [B], where raw ids belong to a ragged batch.
+            rows: Declared layouts, where neither sizes nor the graph tell: by parameter name (as
+                in ``coverage()``), the dimension that holds rows in what the parameter meets and
+                the stratum id of every position along it, as in ``{"pos.weight": (0, ids)}``.
+            reduction: For loops that call ``loss.backward()`` on a scalar: how it was reduced over
+                the rows, ``"mean"`` or ``"sum"``; ``p.grad`` is aggregated when that call returns.
+                A scalar cannot be checked for leaks: prove the model once with
+                ``opt.backward(losses)``.
+            row_weights: With ``reduction``: weights of the rows in it, a mask for example, [B],
+                [T] or [B, L]; None = every event where lengths are known, else every user, counts
+                alike.
+            leaks: ``"error"``; or ``"attribute-by-row"``, where users mix: a gradient then counts
+                for the stratum of the row it flows through, whoever's loss it comes from.
 
         Raises:
-            AggregationError: Contexts of one aggregator are nested.
+            AggregationError: Contexts of one aggregator are nested, or something that is outside
+                what stratum gradients can do: several ranks, sharded parameters.
             StrataError: Ids out of range or another number of strata than before.
+            ConfigError: An unknown reduction or ``leaks``.
         """
         if self._inside:
             raise AggregationError("stratify: the contexts of one GradientAggregator cannot nest")
+        if leaks not in get_args(Leaks):
+            raise ConfigError(f'leaks: expected "error" or "attribute-by-row", got {leaks!r}')
+        if row_weights is not None and reduction is None:
+            raise ConfigError(
+                "stratify: row_weights describe a reduction; add reduction=, or give them to "
+                "opt.backward(losses, weights)"
+            )
+        if reduction is not None and self.mode == "exact":
+            raise ConfigError(
+                'stratify: mode="exact" needs the losses of the rows; call opt.backward(losses) '
+                "instead of reduction="
+            )
+        self._alias()
         index = self._strata_index(strata, num_strata, lengths)
         parameters, names = self._parameters()
         self._names = names  # as the leak check's sites count them
         if parameters:
             index = index.to(parameters[0].device)
-        wanted = self._wants_stratum_gradients()
-        if wanted:
-            _refuse_ranks()
+        wanted = reduction is not None or self._wants_stratum_gradients()
         intercept = wanted and self.mode == "one-pass"
+        if wanted:
+            refuse_outside_envelope(parameters, names, check=self._check, intercept=intercept)
         session = Session(
             parameters,
             names,
@@ -163,16 +220,58 @@ class GradientAggregator(Optimizer):
             check=self._check,
             slice_proofs=self._slice_proofs,
             intercept=intercept,
+            declared=rows,
+            on_scalar=None if reduction is None else lambda: self._finish_scalar(session),
         )
+        session.attributes_leaks = leaks == "attribute-by-row"
+        if reduction is not None:
+            session.scalar = ScalarLoss.of(reduction, row_weights, session.rows)
         self._session, self._inside = session, True
         try:
-            with profiling.FORWARD, session.interception or nullcontext():
+            with profiling.FORWARD, ExitStack() as stack:
+                if session.interception is not None:
+                    stack.enter_context(_eager())
+                    stack.enter_context(session.interception)
                 yield
         except BaseException:
             self._session = None
             raise
         finally:
             self._inside = False
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Mark work inside ``stratify`` whose rows belong to no user.
+
+        In-batch negatives, candidate pools, a prototype of the whole batch: what is computed inside
+        counts as computed from parameters alone. Its gradient belongs to the stratum whose loss
+        used it, wherever its rows came from.
+
+        Example::
+
+            with opt.stratify(strata):
+                users = model(batch)                       # [B, d]
+                with opt.shared():
+                    pool = model.items(batch.targets)      # [B, d], candidates of everybody
+                losses = F.cross_entropy(users @ pool.T, torch.arange(B), reduction="none")
+
+        Raises:
+            AggregationError: Outside ``stratify``.
+        """
+        if not self._inside or self._session is None:
+            raise AggregationError(
+                "shared: only inside `with opt.stratify(...)`, around the work whose rows belong "
+                "to no user"
+            )
+        mode = self._session.interception
+        if mode is None:  # a constant rule, or exact mode: there is nothing to mark
+            yield
+            return
+        before, mode.is_shared = mode.is_shared, True
+        try:
+            yield
+        finally:
+            mode.is_shared = before
 
     def _wants_stratum_gradients(self) -> bool:
         due = self.report_every is not None and self._num_steps % self.report_every == 0
@@ -232,78 +331,108 @@ class GradientAggregator(Optimizer):
                 "backward: no forward was stratified; compute the losses inside "
                 "`with opt.stratify(batch.strata):`, once for every backward"
             )
+        if session.scalar is not None:
+            _check_scalar(losses, weights)
+            with torch._C.DisableTorchFunction(), replay(session.interception):
+                torch.autograd.backward(losses)
+            return
         self._session = None
         with torch._C.DisableTorchFunction():
             reduced = stratum_losses(losses, weights, session.rows)
-            if not any(total > 0 for total in reduced.totals):
+            if not any(reduced.rows.present):
                 raise AggregationError("backward: every stratum is empty (no loss rows)")
-            if self._wants_stratum_gradients():
-                self.report = self._backward_stratified(session, reduced)
+            if session.interception is not None or self._wants_stratum_gradients():
+                mark_terms(losses)
+                with profiling.BACKWARD:
+                    collected = session.stratum_gradients(reduced, self._num_steps)
+                self.report = self._aggregate(session, collected, reduced.rows, reduced.values)
             else:
                 self.report = self._backward_reweighted(session, reduced)
         self._fresh = True
 
+    def _finish_scalar(self, session: Session) -> None:
+        """Aggregate at the end of a backward on a scalar; called by the engine."""
+        assert session.scalar is not None
+        self._session = None
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            collected = session.scalar_gradients()
+            self.report = self._aggregate(session, collected, session.scalar.rows, None)
+            session.note_gradients()
+        self._fresh = True
+
     def _backward_reweighted(self, session: Session, losses: StratumLosses) -> AggregationReport:
-        rule = self.rule.active
-        assert isinstance(rule, ConstantRule)
-        weights = rule.weights(session.batch_strata(losses, self.counts))
+        weights = self._constant_weights(session, losses.rows)
         factors = losses.values.new_tensor(weights)
         with profiling.BACKWARD:
             torch.autograd.backward(losses.values, factors)
         return AggregationReport(
             mode="reweighted",
-            counts=losses.counts,
-            unit=losses.unit,
-            losses=_reported(losses),
+            counts=losses.rows.counts,
+            unit=losses.rows.unit,
+            losses=_reported(losses.values, losses.rows),
             weights=torch.tensor(weights, dtype=torch.float64),
         )
 
-    def _backward_stratified(self, session: Session, losses: StratumLosses) -> AggregationReport:
-        with profiling.BACKWARD:
-            gradients = session.stratum_gradients(losses, self._num_steps)
-        touched = [(p, g) for p, g in zip(session.parameters, gradients, strict=True) if g]
+    def _constant_weights(self, session: Session, rows: LossRows) -> tuple[float, ...]:
+        rule = self.rule.active
+        assert isinstance(rule, ConstantRule)
+        batch = session.batch_strata(rows, self.counts, renormalise=self.absent == "renormalise")
+        return rule.weights(batch)
+
+    def _aggregate(
+        self, session: Session, collected: Collected, rows: LossRows, losses: Tensor | None
+    ) -> AggregationReport:
+        """Turn the stratum gradients of one backward into ``p.grad``."""
+        rule = self.rule.active
+        if isinstance(rule, ConstantRule):
+            self._pending.clear()  # weights are the batch's own: each backward stands for itself
+        present = self._pending.add(session.parameters, collected, rows.present)
+        touched = self._pending.touched()
         if not touched:
             raise AggregationError(
                 "backward: no parameter of the optimizer met a row of the batch inside stratify"
             )
         with profiling.GRAM:
             grams: Tensor = stratum_gram([g.values for _, g in touched])
-        rule = self.rule.active
         weights = None
         if isinstance(rule, ElementwiseRule):
-            present = [total > 0 for total in losses.totals]
             with profiling.COMBINE:
-                for p, g in touched:
-                    _add_gradient(p, g.spread(rule.aggregate(g.values, g.touched, present), p))
+                combined = [
+                    g.spread(rule.aggregate(g.values, g.touched, present), p) for p, g in touched
+                ]
         else:
             with profiling.RULE:
-                weights = self._weights(rule, grams, session, losses)
+                if isinstance(rule, ConstantRule):
+                    weights = grams.new_tensor(self._constant_weights(session, rows))
+                else:
+                    assert isinstance(rule, GramRule)
+                    gram = grams if rule.per_parameter else grams.sum(0)
+                    weights = rule.stratum_weights(gram, present)
             with profiling.COMBINE:
-                for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True):
-                    _add_gradient(p, g.combined(w, p))
-        leak: LeakState = "unchecked"
-        if self._check.mode != "never" and self.mode == "one-pass":
-            armed = any(step is None for _, step in self._check.coverage())
-            leak = "armed" if armed and self._check.mode == "first" else "proven"
+                combined = [
+                    g.combined(w, p)
+                    for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True)
+                ]
+        self._pending.write(combined)
         return AggregationReport(
-            mode=self.mode,
-            counts=losses.counts,
-            unit=losses.unit,
-            losses=_reported(losses),
+            mode="exact" if session.interception is None else "one-pass",
+            counts=rows.counts,
+            unit=rows.unit,
+            losses=None if losses is None else _reported(losses, rows),
             weights=weights,
             gram=grams.sum(0),
-            leak=leak,
+            leak=self._leak_state(session),
         )
 
-    def _weights(
-        self, rule: Rule, grams: Tensor, session: Session, losses: StratumLosses
-    ) -> Tensor:
-        """Return the rule's weights, float64 [S] or [n_params, S]; absent strata weigh 0."""
-        if isinstance(rule, ConstantRule):
-            return grams.new_tensor(rule.weights(session.batch_strata(losses, self.counts)))
-        assert isinstance(rule, GramRule)
-        gram = grams if rule.per_parameter else grams.sum(0)
-        return rule.stratum_weights(gram, [total > 0 for total in losses.totals])
+    def _leak_state(self, session: Session) -> LeakState:
+        if session.saw_leak:
+            return "attributed-by-row"
+        if self._check.mode == "never" or session.interception is None:
+            return "unchecked"
+        if session.scalar is not None:
+            return "unchecked"
+        armed = any(step is None for _, step in self._check.coverage())
+        return "armed" if armed and self._check.mode == "first" else "proven"
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Run the wrapped optimizer's step on the aggregated gradients.
@@ -329,6 +458,7 @@ class GradientAggregator(Optimizer):
         if self._fresh:
             self.rule.commit()
         self._fresh = False
+        self._pending.clear()
         self._num_steps += 1
 
     def _note_plain_step(self) -> None:
@@ -347,6 +477,7 @@ class GradientAggregator(Optimizer):
         if not self._inside:
             self._session = None
         self._fresh = False
+        self._pending.clear()
         self.rule.discard()
         self.inner.zero_grad(set_to_none=set_to_none)
 
@@ -380,11 +511,7 @@ class GradientAggregator(Optimizer):
             self.rule.load_state_dict(own["rule"])
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            k: v
-            for k, v in self.__dict__.items()
-            if k in ("inner", "rule", "num_strata", "counts", "mode", "report_every", "_num_steps")
-        }
+        state: dict[str, Any] = {k: v for k, v in self.__dict__.items() if k in _SAVED}
         return {**state, "check": self._check.mode}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -396,39 +523,34 @@ class GradientAggregator(Optimizer):
         self.__dict__.update({k: v for k, v in state.items() if k != "check"})
         self._alias()
 
-    def coverage(self) -> str:
-        """Return one line a boundary: parameter, op, row layout, and the step it was proven at."""
-        names = self._names
-        lines = []
-        for site, step in self._check.coverage():
-            who = "+".join(names[i] for i in site.parameter)
-            proof = "unproven" if step is None else f"proven at step {step}"
-            where = f"{site.kind} in dim {site.dim}, use {site.occurrence + 1}"
-            lines.append(f"{who}: {site.op}, {where}: {proof}")
-        return "\n".join(lines)
+    def coverage(self) -> Coverage:
+        """Return one entry a boundary: parameter, op, row layout, and when it was proven.
+
+        Printed, it is one line each, with slice-rule and unproven entries marked.
+        """
+        return self._check.coverage_of(self._names)
 
     def __repr__(self) -> str:
         return f"GradientAggregator(rule={self.rule!r}, inner={self.inner!r})"
 
 
-def _refuse_ranks() -> None:
-    """Stratum gradients are not reduced across ranks yet, and each rank would go its own way."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if (ranks := distributed.get_world_size()) > 1:
+def _eager() -> AbstractContextManager[None]:
+    """Have compiled modules run eagerly inside: a compiled graph hides its boundaries."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
+        return nullcontext()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _check_scalar(losses: Tensor, weights: Tensor | None) -> None:
+    if losses.dim() or weights is not None:
         raise AggregationError(
-            f"stratify: this process is one of {ranks} ranks, and stratum gradients are not "
-            'reduced across ranks yet; train on one, or use rule="joint" or "backdoor", which '
-            "need none"
+            f"backward: stratify(reduction=...) expects the reduced scalar without weights, got "
+            f"losses of shape {list(losses.shape)}; drop reduction= to have one loss a row reduced "
+            "here"
         )
 
 
-def _reported(losses: StratumLosses) -> Tensor:
-    absent = torch.tensor([total <= 0 for total in losses.totals])
-    return losses.values.detach().cpu().masked_fill(absent, torch.nan)
-
-
-@torch.no_grad()
-def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+def _reported(losses: Tensor, rows: LossRows) -> Tensor:
+    absent = torch.tensor([not here for here in rows.present])
+    return losses.detach().cpu().masked_fill(absent, torch.nan)

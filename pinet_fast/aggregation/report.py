@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Mode = Literal["one-pass", "exact", "reweighted", "plain"]
-LeakState = Literal["proven", "armed", "unchecked"]
+LeakState = Literal["proven", "armed", "unchecked", "attributed-by-row"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class AggregationReport:
             ``"plain"``: ``step()`` ran on gradients that no ``stratify`` made.
         counts: Loss rows of every stratum in the batch, S ints.
         unit: What a loss row is: ``"users"`` or ``"events"``.
-        losses: Mean loss of every stratum, float [S]; NaN for absent ones.
+        losses: Mean loss of every stratum, float [S]; NaN for absent ones. None where only a
+            reduced scalar was seen.
         weights: Weight of every stratum, float64 [S]; [n_params, S] for per-parameter rules.
         gram: Inner products of the stratum gradients over all parameters, float64 [S, S]; None
             where no stratum gradients were computed.
-        leak: ``"proven"`` (every boundary), ``"armed"`` (some lack proof), ``"unchecked"``.
+        leak: ``"proven"`` (every boundary), ``"armed"`` (some lack proof), ``"unchecked"``,
+            ``"attributed-by-row"`` (users mix, as ``stratify`` was told to accept).
     """
 
     mode: Mode

@@ -10,6 +10,7 @@ which sees any wrong guess as gradient in another stratum's slice.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,16 +20,32 @@ from pinet_fast.aggregation.provenance import trace
 from pinet_fast.aggregation.strata_index import RowGroups, StrataIndex
 from pinet_fast.errors import RowLayoutError
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
 
 class BatchRows:
     """Finds row layouts for the tensors of one batch.
 
     Args:
         strata: The strata of the batch's users and, for ragged batches, events.
+        declared: Layouts that the user declares: by parameter name, the dimension that holds rows
+            in what the parameter meets, and the stratum of every position along it.
+
+    Raises:
+        StrataError: Declared ids out of range.
     """
 
-    def __init__(self, strata: StrataIndex) -> None:
+    def __init__(
+        self,
+        strata: StrataIndex,
+        declared: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
+    ) -> None:
         self.strata = strata
+        self.declared = {
+            name: (dim, StrataIndex(ids, strata.num_strata).to(strata.ids.device).users)
+            for name, (dim, ids) in (declared or {}).items()
+        }
         self._sizes: dict[int, tuple[str, RowGroups]] = {strata.num_users: ("users", strata.users)}
         if strata.events is not None and strata.num_events:
             self._sizes[strata.events.num_rows] = ("events", strata.events)
@@ -75,6 +92,24 @@ class BatchRows:
             return None
         kind, groups = self._sizes[shape[matches[0]]]
         return RowLayout(matches[0], kind, groups)
+
+    def find_declared(self, name: str, shape: tuple[int, ...]) -> RowLayout | None:
+        """Return the layout declared for the parameter ``name``, or None.
+
+        Raises:
+            RowLayoutError: The declared dimension has another size.
+        """
+        if name not in self.declared:
+            return None
+        dim, groups = self.declared[name]
+        place = dim % len(shape) if shape else 0
+        if not shape or not -len(shape) <= dim < len(shape) or shape[place] != groups.num_rows:
+            raise RowLayoutError(
+                f"row layout: rows= declares {groups.num_rows} rows in dimension {dim} of what "
+                f"{name} meets, whose dimensions that can hold rows are {list(shape)}; declare "
+                "the dimension and one stratum id for each position along it"
+            )
+        return RowLayout(place, "declared", groups)
 
     def groups_of(self, layout: RowLayout, shape: tuple[int, ...]) -> RowGroups:
         """Return the groups of all ``prod(shape)`` rows of a tensor flattened to [N, ...].

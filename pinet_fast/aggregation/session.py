@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.interception import Interception
-from pinet_fast.aggregation.leaves import StratumGradient, VirtualLeaves
+from pinet_fast.aggregation.leaves import Collected, VirtualLeaves
+from pinet_fast.aggregation.pending import gradients_apart
 from pinet_fast.aggregation.rows import BatchRows
 from pinet_fast.aggregation.rules.base import BatchStrata
-from pinet_fast.errors import AggregationError, RowLayoutError
+from pinet_fast.aggregation.stratum_gradient import StratumGradient, from_lookups
+from pinet_fast.errors import AggregationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pinet_fast.aggregation.leak_check import LeakCheck
+    from pinet_fast.aggregation.losses import LossRows, ScalarLoss, StratumLosses
     from pinet_fast.aggregation.slice_rule import SliceProof
     from pinet_fast.aggregation.strata_index import StrataIndex
-
-
-@dataclass(frozen=True)
-class StratumLosses:
-    """Mean losses by stratum, with their graph.
-
-    Attributes:
-        values: ``sum_i w_i l_i / sum_i w_i`` over the rows of each stratum, [S]; 0 for absent ones.
-        counts: Rows of every stratum.
-        totals: Summed row weights of every stratum; equal to ``counts`` without weights.
-        unit: What a row is, ``users`` or ``events``.
-    """
-
-    values: Tensor
-    counts: tuple[int, ...]
-    totals: tuple[float, ...]
-    unit: str
-
-
-def stratum_losses(losses: Tensor, weights: Tensor | None, rows: BatchRows) -> StratumLosses:
-    """Reduce losses to one mean a stratum (DESIGN section 3).
-
-    Args:
-        losses: One loss a user [B], an event [T], or [B, L] beside ``weights``.
-        weights: Row weights >= 0 of the shape of ``losses``, a mask for example.
-        rows: The batch's row layouts.
-
-    Raises:
-        AggregationError: Losses without graph, or weights that are negative or of another shape.
-        RowLayoutError: Losses whose rows are neither users nor events of the batch.
-    """
-    if not isinstance(losses, Tensor) or not losses.requires_grad:
-        raise AggregationError(
-            "backward: expected a tensor of losses with a graph; got "
-            f"{type(losses).__name__} without one - was the model called under no_grad?"
-        )
-    layout = rows.find(tuple(losses.shape))
-    if layout is None:
-        raise RowLayoutError(
-            f"backward: losses of shape {list(losses.shape)} are neither one a user nor one an "
-            f"event of this batch ({rows.describe()}); use reduction='none' in the loss function, "
-            "and pass lengths= to stratify for ragged batches"
-        )
-    groups = rows.groups_of(layout, tuple(losses.shape))
-    flat = losses.flatten()
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()
-    if weights is None:
-        totals = torch.tensor(groups.counts, dtype=flat.dtype, device=flat.device)
-        factors = totals.clamp_min(1).reciprocal()[groups.ids]
-    else:
-        if weights.shape != losses.shape or bool((weights < 0).any()):
-            raise AggregationError(
-                f"backward: weights must be >= 0 and of the shape of the losses "
-                f"{list(losses.shape)}; got shape {list(weights.shape)}, minimum "
-                f"{float(weights.min()) if weights.numel() else 'none'}"
-            )
-        flat_weights = weights.flatten().to(flat)
-        totals = flat.new_zeros(groups.num_strata).index_add_(0, groups.ids, flat_weights)
-        scale = torch.where(totals > 0, totals.clamp_min(torch.finfo(flat.dtype).tiny), 1.0)
-        factors = flat_weights / scale[groups.ids]
-    values = flat.new_zeros(groups.num_strata).index_add(0, groups.ids, flat * factors)
-    return StratumLosses(
-        values, groups.counts, tuple(totals.tolist()), layout.kind.split(" ", maxsplit=1)[0]
-    )
 
 
 class Session:
@@ -98,6 +35,13 @@ class Session:
         check: The leak check.
         slice_proofs: What earlier steps established for functions under the slice rule.
         intercept: Whether boundaries are stratified; not for constant rules nor in exact mode.
+        declared: Row layouts that the user declares, by parameter name.
+        on_scalar: Called at the end of a backward on a scalar; None where losses come as vectors.
+
+    Attributes:
+        scalar: How the loop reduces its losses; None where they come as vectors.
+        attributes_leaks: Where users mix, gradients count for the stratum of their row.
+        saw_leak: Users mix in this batch.
     """
 
     def __init__(
@@ -109,33 +53,46 @@ class Session:
         check: LeakCheck,
         slice_proofs: dict[Any, SliceProof],
         intercept: bool,
+        declared: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
+        on_scalar: Callable[[], None] | None = None,
     ) -> None:
         from pinet_fast.aggregation.boundary_rules import default_rules
 
         self.parameters = parameters
         self.names = names
         self.strata = strata
-        self.rows = BatchRows(strata)
+        self.rows = BatchRows(strata, declared)
         self.check = check
+        self.scalar: ScalarLoss | None = None
+        self.attributes_leaks = False
+        self.saw_leak = False
         self.leaves = VirtualLeaves(strata.num_strata)
         self.interception: Interception | None = None
+        if on_scalar is not None:
+            self._watch(on_scalar)
         if intercept:
             self.interception = Interception(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
                 rules=default_rules(), slice_proofs=slice_proofs,
+                takes_scalars=on_scalar is not None,
             )  # fmt: skip
 
-    def batch_strata(self, losses: StratumLosses, counts: Sequence[int] | None) -> BatchStrata:
+    def batch_strata(
+        self, rows: LossRows, counts: Sequence[int] | None, *, renormalise: bool
+    ) -> BatchStrata:
         """Return what a constant rule may know about this batch."""
         given = None if counts is None else tuple(counts)
         return BatchStrata(
-            losses.totals,
+            rows.totals,
             user_counts=given or self.strata.user_counts,
             event_counts=given or self.strata.event_counts,
+            renormalise=renormalise,
         )
 
-    def stratum_gradients(self, losses: StratumLosses, step: int) -> list[StratumGradient | None]:
-        """Run the backward and return the S gradients of every parameter (None = untouched).
+    # Losses by stratum --------------------------------------------------------------------------
+
+    def stratum_gradients(self, losses: StratumLosses, step: int) -> Collected:
+        """Run the backward and return the S gradients of every parameter.
 
         Raises:
             StratumLeakError: The check found a leak; no gradient was written.
@@ -143,49 +100,125 @@ class Session:
         """
         if self.interception is None:
             return self._by_separate_backwards(losses)
-        present = [total > 0 for total in losses.totals]
-        if self.interception.uses and sum(present) > 1:
-            self.check.run(self.interception.uses, losses.values, present, step, self.names)
-        with self._gradients_apart() as outside:
-            torch.autograd.backward(losses.values, torch.ones_like(losses.values))
-        touched = [name for grad, name in zip(outside, self.names, strict=True) if grad is not None]
+        present = losses.rows.present
+        with gradients_apart(self.parameters), replay(self.interception):
+            if self.interception.uses and sum(present) > 1:
+                self.saw_leak = self.check.run(
+                    self.interception.uses, losses.values, present, step, self.names,
+                    accept=self.attributes_leaks,
+                )  # fmt: skip
+            torch.autograd.backward(
+                losses.values,
+                torch.ones_like(losses.values),
+                retain_graph=self.leaves.share_rows,
+            )
+            got_gradient = [p.grad is not None for p in self.parameters]
+            collected = self.leaves.collect(self.parameters)
+        self._refuse_outside(got_gradient)
+        return collected
+
+    def _refuse_outside(self, got_gradient: Sequence[bool]) -> None:
+        touched = [name for got, name in zip(got_gradient, self.names, strict=True) if got]
         if touched:
             raise AggregationError(
                 f"backward: {', '.join(touched)} got gradient outside every boundary, so its "
                 "strata cannot be told apart; compute with the parameter inside "
-                "`with opt.stratify(...)` and not in a custom autograd.Function or a ScriptModule, "
+                "`with opt.stratify(...)` and not in a custom autograd.Function, a ScriptModule, "
+                "DataParallel or reentrant checkpointing (use_reentrant=False is fine), "
                 'or use GradientAggregator(..., mode="exact")'
             )
-        return self.leaves.collect(self.parameters)
 
-    def _by_separate_backwards(self, losses: StratumLosses) -> list[StratumGradient | None]:
+    def _by_separate_backwards(self, losses: StratumLosses) -> Collected:
         """Run one backward a stratum over the joint graph: right for any loss, S times the cost."""
         parts: list[list[Tensor | None]] = []
-        for stratum, loss in enumerate(losses.values):
-            with self._gradients_apart() as gradients:
-                if losses.totals[stratum] > 0:
+        for total, loss in zip(losses.rows.totals, losses.values, strict=True):
+            with gradients_apart(self.parameters) as gradients:
+                if total > 0:
                     torch.autograd.backward(loss, retain_graph=True)
             parts.append(list(gradients))
-        collected: list[StratumGradient | None] = []
+        strata: list[StratumGradient | None] = []
         for p, grads in zip(self.parameters, zip(*parts, strict=True), strict=True):
-            known = [g.to_dense() if g is not None and g.is_sparse else g for g in grads]
-            if all(g is None for g in known):
-                collected.append(None)
-                continue
-            stacked = torch.stack([torch.zeros_like(p) if g is None else g for g in known])
-            collected.append(StratumGradient(stacked))
+            known = [g for g in grads if g is not None]
+            if not known:
+                strata.append(None)
+            elif all(g.is_sparse for g in known):
+                strata.append(_from_sparse(grads, p))
+            else:
+                full = [torch.zeros_like(p) if g is None else g for g in grads]
+                stacked = torch.stack([g.to_dense() if g.is_sparse else g for g in full])
+                strata.append(StratumGradient(stacked))
+        return Collected(strata, [None] * len(strata))
+
+    # A scalar loss ------------------------------------------------------------------------------
+
+    def _watch(self, on_scalar: Callable[[], None]) -> None:
+        """Have ``on_scalar`` called at the end of a backward that reaches a virtual leaf."""
+        is_queued = False
+
+        def finish() -> None:
+            nonlocal is_queued
+            is_queued = False
+            on_scalar()
+
+        def on_gradient(grad: Tensor) -> None:
+            nonlocal is_queued
+            if not is_queued:
+                is_queued = True
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(finish)
+
+        self.leaves.on_gradient = on_gradient
+        self._grads_at_entry = [
+            (p.grad, None if p.grad is None else p.grad._version) for p in self.parameters
+        ]
+
+    def scalar_gradients(self) -> Collected:
+        """Return the stratum gradients that a backward on the scalar left.
+
+        Raises:
+            AggregationError: A parameter got gradient outside every boundary.
+        """
+        assert self.scalar is not None
+        self._refuse_outside(
+            [
+                p.grad is not grad or (grad is not None and grad._version != version)
+                for p, (grad, version) in zip(self.parameters, self._grads_at_entry, strict=True)
+            ]
+        )
+        try:
+            with gradients_apart(self.parameters):
+                collected = self.leaves.collect(self.parameters)
+        except RuntimeError as error:
+            if not self.leaves.share_rows:
+                raise
+            raise AggregationError(
+                "backward: opt.shared() holds work on rows, whose graph is needed once more after "
+                "this backward; call loss.backward(retain_graph=True), or opt.backward(losses)"
+            ) from error
+        self.leaves.clear_gradients()
+        for gradient in collected.strata:
+            if gradient is not None:
+                factors = gradient.values.new_tensor(self.scalar.factors)
+                shape = (-1, *[1] * (gradient.values.dim() - 1))
+                gradient.values = gradient.values * factors.view(shape)
         return collected
 
-    @contextmanager
-    def _gradients_apart(self) -> Iterator[list[Tensor | None]]:
-        """Catch what reaches ``p.grad`` inside; the gradients from before are put back."""
-        before = [p.grad for p in self.parameters]
-        caught: list[Tensor | None] = []
-        for p in self.parameters:
-            p.grad = None
-        try:
-            yield caught
-            caught.extend(p.grad for p in self.parameters)
-        finally:
-            for p, grad in zip(self.parameters, before, strict=True):
-                p.grad = grad
+    def note_gradients(self) -> None:
+        """Note ``p.grad`` as it is now, for a second backward over the same forward."""
+        self._grads_at_entry = [
+            (p.grad, None if p.grad is None else p.grad._version) for p in self.parameters
+        ]
+
+
+def _from_sparse(grads: Sequence[Tensor | None], like: Tensor) -> StratumGradient:
+    """Return the stratum gradients of sparse gradients, one a stratum; None = absent."""
+    lookups = []
+    for stratum, grad in enumerate(grads):
+        if grad is not None:
+            ids = grad._indices()[0]
+            indices = torch.stack([torch.full_like(ids, stratum), ids])
+            shape = (len(grads), *like.shape)
+            lookups.append(
+                torch.sparse_coo_tensor(indices, grad._values(), shape, check_invariants=False)
+            )
+    return from_lookups(lookups, None, is_sparse=True)

@@ -74,7 +74,7 @@ def slice_rule(
     _check_layouts(name, [layout for layout in layouts if layout is not None])
     groups = used[0].groups
     leaves = [
-        None if root is None else mode.dense_leaf(root, name, used[0]).unbind(0)  # type: ignore[union-attr]
+        None if root is None else mode.dense_leaf(root, name, used[0], is_sliced=True).unbind(0)  # type: ignore[union-attr]
         for root in roots
     ]
 
@@ -124,7 +124,7 @@ def _layout_of(mode: Interception, value: Any, root: Root | None) -> RowLayout |
     if not isinstance(value, Tensor):
         return None
     if root is None:
-        return mode.rows.find(tuple(value.shape), value)
+        return mode.find(tuple(value.shape), value, ())
     if root.is_parameter:
         return None
     sizes = tuple(

@@ -351,7 +351,7 @@ class Recipe:
             "stages": {"backbone": self._stage_facts(self.stage1), "heads": None},
             "final": "backbone" if self.stage2 is None else "heads",
             **parts,
-            "coverage": self.stage1.optimizer.coverage().splitlines(),
+            "coverage": str(self.stage1.optimizer.coverage()).splitlines(),
             "versions": {
                 "pinet_fast": pinet_fast.__version__,
                 "torch": torch.__version__,

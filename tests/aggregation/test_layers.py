@@ -11,7 +11,7 @@ from support.oracle import autograd_stratum_gradients
 from torch import Tensor, nn
 
 from pinet_fast.aggregation import GradientAggregator, StrataIndex
-from pinet_fast.aggregation.session import stratum_losses
+from pinet_fast.aggregation.losses import stratum_losses
 from pinet_fast.errors import BoundaryError, RowLayoutError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def assert_exact(
     session = opt._session
     assert session is not None
     reduced = stratum_losses(values, None, session.rows)
-    found = session.stratum_gradients(reduced, step=0)
+    found = session.stratum_gradients(reduced, step=0).strata
     largest = max(float(e.abs().max()) for e in expected)
     for name, p, mine, theirs in zip(
         session.names, session.parameters, found, expected, strict=True
@@ -214,11 +214,40 @@ def test_a_reduction_over_rows_is_refused() -> None:
         torch.einsum("bd,d->", torch.randn(B, D), weight)
 
 
-def test_in_place_is_refused() -> None:
-    weight = nn.Parameter(torch.ones(D))
+@pytest.mark.parametrize("op", ["iadd", "isub", "imul", "add_", "sub_", "mul_"])
+def test_rows_changed_in_place_by_a_parameter_are_exact(op: str) -> None:
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(D, D)
+            self.vector = nn.Parameter(torch.randn(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.first(x) + 0.5  # tanh would save what is changed here
+            kept = rows
+            if op.endswith("_"):
+                getattr(rows, op)(self.vector)
+            elif op == "iadd":
+                rows += self.vector
+            elif op == "isub":
+                rows -= self.vector
+            else:
+                rows *= self.vector
+            assert kept is rows
+            return (kept + 1).pow(3).sum(1)
+
+    torch.manual_seed(0)
+    model = Changed().double()
+    x = torch.randn(B, D, dtype=torch.float64)
+    assert_exact(model, lambda: model(x), torch.tensor(IDS["unsorted"]))
+
+
+@pytest.mark.parametrize("op", ["mul_", "copy_"])
+def test_a_parameter_changed_in_place_by_rows_is_refused(op: str) -> None:
+    weight = nn.Parameter(torch.ones(B, D))
     opt = GradientAggregator(torch.optim.SGD([weight], lr=0.1), "agreement")
     with pytest.raises(BoundaryError, match="in place"), opt.stratify(IDS["unsorted"]):
-        torch.randn(B, D).add_(weight)
+        getattr(weight, op)(torch.randn(B, D))
 
 
 def test_dropout_inside_a_sliced_function_still_trains() -> None:

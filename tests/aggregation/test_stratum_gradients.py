@@ -14,7 +14,7 @@ from support.oracle import TOL, autograd_stratum_gradients, relative_error
 from torch import Tensor, nn
 
 from pinet_fast.aggregation import GradientAggregator, StrataIndex
-from pinet_fast.aggregation.session import stratum_losses
+from pinet_fast.aggregation.losses import stratum_losses
 from pinet_fast.models import SASRec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def one_pass(model: nn.Module, losses: Callable[[], Tensor], strata: StrataIndex
     session = optimizer._session
     assert session is not None
     reduced = stratum_losses(values, None, session.rows)
-    found = session.stratum_gradients(reduced, step=0)
+    found = session.stratum_gradients(reduced, step=0).strata
     return [
         p.new_zeros((strata.num_strata, *p.shape)) if g is None else g.dense(p)
         for p, g in zip(session.parameters, found, strict=True)

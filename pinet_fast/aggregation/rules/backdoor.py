@@ -54,7 +54,7 @@ class Backdoor(ConstantRule):
                 )
 
     def weights(self, batch: BatchStrata) -> tuple[float, ...]:
-        """Return P(z), renormalised over the strata that are present.
+        """Return P(z), renormalised over the strata that are present where the batch says so.
 
         Raises:
             StrataError: The population counts are unknown, or the prior has another size.
@@ -67,7 +67,8 @@ class Backdoor(ConstantRule):
                 f"Backdoor: the prior {list(prior)} gives no weight to the strata of this batch "
                 f"(rows {list(batch.counts)})"
             )
-        return tuple(p / total for p in kept)
+        scale = total if batch.renormalise else sum(prior)
+        return tuple(p / scale for p in kept)
 
     def _prior(self, batch: BatchStrata) -> Sequence[float]:
         num_strata = len(batch.counts)

@@ -33,11 +33,13 @@ class BatchStrata:
             numbers; 0 = absent from the batch.
         user_counts: Users of every stratum in the population, or None where unknown.
         event_counts: Training events of every stratum in the population, or None.
+        renormalise: Whether the strata that are present share the weight of absent ones.
     """
 
     counts: tuple[float, ...]
     user_counts: tuple[int, ...] | None = None
     event_counts: tuple[int, ...] | None = None
+    renormalise: bool = True
 
     @property
     def present(self) -> tuple[bool, ...]:

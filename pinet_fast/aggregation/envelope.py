@@ -1,0 +1,66 @@
+"""What stratum gradients cannot do yet, each refused by name before anything is computed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pinet_fast.errors import AggregationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pinet_fast.aggregation.leak_check import LeakCheck
+
+
+def refuse_outside_envelope(
+    parameters: Sequence[Tensor], names: Sequence[str], *, check: LeakCheck, intercept: bool
+) -> None:
+    """Refuse what would train something else than it says.
+
+    Raises:
+        AggregationError: Several ranks, sharded parameters, tracing of the context by
+            torch.compile, or CUDA graph capture while the leak check is armed.
+    """
+    _refuse_ranks()
+    _refuse_sharded(parameters, names)
+    if torch.compiler.is_compiling():
+        raise AggregationError(
+            "stratify: torch.compile traces the training step itself; compile the model "
+            "(model = torch.compile(model)), and keep stratify, backward and step outside"
+        )
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if capturing and intercept and check.mode != "never":
+        raise AggregationError(
+            "stratify: a CUDA graph is being captured and the leak check reads results on the "
+            "host; warm up until coverage() shows no unproven entry, then capture with "
+            'check="never"'
+        )
+
+
+def _refuse_ranks() -> None:
+    """Stratum gradients are not reduced across ranks yet, and each rank would go its own way."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    if (ranks := distributed.get_world_size()) > 1:
+        raise AggregationError(
+            f"stratify: this process is one of {ranks} ranks, and stratum gradients are not "
+            'reduced across ranks yet; train on one, or use rule="joint" or "backdoor", which '
+            "need none"
+        )
+
+
+def _refuse_sharded(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+    module = sys.modules.get("torch.distributed.tensor")  # nobody has one without this import
+    if module is None:
+        return
+    for p, name in zip(parameters, names, strict=True):
+        if isinstance(p, module.DTensor):
+            raise AggregationError(
+                f"stratify: {name} is a DTensor, and stratum gradients are not reduced across "
+                'its shards; train with plain parameters, or use rule="joint" or "backdoor"'
+            )

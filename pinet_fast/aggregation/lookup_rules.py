@@ -1,0 +1,138 @@
+"""Boundary rules of item tables: embedding, embedding_bag, and a parameter indexed by ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pinet_fast.aggregation.boundary_rules import bind
+from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
+from pinet_fast.aggregation.lookups import StratifiedEmbedding, StratifiedEmbeddingBag
+from pinet_fast.aggregation.slice_rule import slice_rule
+from pinet_fast.errors import BoundaryError
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def _embedding(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
+    defaults = {"padding_idx": None, "max_norm": None, "norm_type": 2.0}
+    defaults |= {"scale_grad_by_freq": False, "sparse": False}
+    ids, table, padding_idx, max_norm, _, scale, is_sparse = bind(
+        args, kwargs, (*names, "sparse"), defaults
+    )
+    _refuse_counting("embedding", max_norm, scale)
+    return _lookup(mode, func, args, kwargs, ids, table, padding_idx, is_sparse)
+
+
+def _lookup(
+    mode: Interception,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ids: Tensor,
+    table: Tensor,
+    padding_idx: int | None = None,
+    is_sparse: bool = False,
+    indexing: bool = False,
+) -> Any:
+    root = mode.root_of(table)
+    if root is None:
+        raise BoundaryError(f"{func_name(func)}: the ids are computed from a parameter")
+    layout = mode.find(tuple(ids.shape), ids, (root,))
+    if layout is None:
+        return mode.derive(func, args, kwargs)
+    padding = None if padding_idx is None else padding_idx % table.shape[0]
+    leaf = mode.lookup_leaf(root, "embedding", layout, is_sparse)
+    strata = mode.rows.groups_of(layout, tuple(ids.shape)).ids
+    return StratifiedEmbedding.apply(  # type: ignore[no-untyped-call]
+        ids, table.detach(), leaf, padding, is_sparse, strata, layout, indexing
+    )
+
+
+def _getitem(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``P[ids]``; other keys are views or gathers of their own."""
+    table, key = args
+    if (
+        isinstance(key, Tensor)
+        and key.dtype in _INTEGERS[:4]
+        and key.dim()
+        and mode.root_of(table) is not None
+        and table.dim() > 1
+    ):
+        return _lookup(mode, func, args, kwargs, key, table, indexing=True)
+    return slice_rule(mode, func, args, kwargs)
+
+
+def _index_select(
+    mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    table, dim, ids = bind(args, kwargs, ("input", "dim", "index"), {})
+    if dim == 0 and mode.root_of(table) is not None and table.dim() > 1:
+        return _lookup(mode, func, args, kwargs, ids, table, indexing=True)
+    return slice_rule(mode, func, args, kwargs)
+
+
+def _embedding_bag(
+    mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    names = (
+        "input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode",
+        "sparse", "per_sample_weights", "include_last_offset", "padding_idx",
+    )  # fmt: skip
+    defaults = dict.fromkeys(names) | {"mode": "mean", "sparse": False}
+    ids, table, offsets, max_norm, _, scale, kind, is_sparse, weights, with_last, padding_idx = (
+        bind(args, kwargs, names, defaults)
+    )
+    _refuse_counting("embedding_bag", max_norm, scale)
+    if not ids.is_floating_point() and table.dtype.is_floating_point:
+        root = mode.root_of(table)
+    else:
+        ids, table = table, ids  # the order of the arguments before torch 1.0 is still taken
+        root = mode.root_of(table)
+    if root is None or (weights is not None and mode.root_of(weights) is not None):
+        raise BoundaryError(
+            "embedding_bag: expected a parameter as the table, and weights of the items that are "
+            "no parameter themselves; look items up with F.embedding and multiply"
+        )
+    if ids.dim() == 2:
+        num_bags, width = ids.shape
+        offsets = torch.arange(0, ids.numel(), max(width, 1), device=ids.device)[:num_bags]
+        ids, with_last = ids.reshape(-1), False
+        weights = None if weights is None else weights.reshape(-1)
+    bounds = offsets[:-1] if with_last else offsets
+    layout = mode.find((bounds.numel(),), None, (root,))
+    if layout is None:
+        return mode.derive(func, args, kwargs)
+    bags = torch.bucketize(torch.arange(ids.numel(), device=ids.device), bounds, right=True) - 1
+    if weights is not None:
+        weights = weights.to(table.dtype)
+    padding = None if padding_idx is None else padding_idx % table.shape[0]
+    leaf = mode.lookup_leaf(root, "embedding_bag", layout, is_sparse)
+    strata = mode.rows.groups_of(layout, (bounds.numel(),)).ids
+    return StratifiedEmbeddingBag.apply(  # type: ignore[no-untyped-call]
+        ids, offsets, bags, table.detach(), leaf, kind, weights, bool(with_last), padding,
+        is_sparse, strata, layout,
+    )  # fmt: skip
+
+
+def _refuse_counting(op: str, max_norm: float | None, scale: bool) -> None:
+    if max_norm is not None or scale:
+        raise BoundaryError(
+            f"{op}: max_norm and scale_grad_by_freq change the table or its gradient by counting "
+            "over the whole batch, so strata cannot be told apart; leave them off"
+        )
+
+
+def lookup_rules() -> dict[Any, BoundaryRule]:
+    """Return the boundary rules of tables by torch function."""
+    return {
+        F.embedding: _embedding,
+        F.embedding_bag: _embedding_bag,
+        torch.index_select: _index_select,
+        Tensor.index_select: _index_select,
+        Tensor.__getitem__: _getitem,
+    }

@@ -1,0 +1,125 @@
+"""The S stratum gradients of one parameter, in full or as the item rows that were touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass
+class StratumGradient:
+    """The S stratum gradients of one parameter.
+
+    Attributes:
+        values: [S, *shape]; or [S, U, d] where only U rows of the parameter were touched.
+        rows: The touched rows of the parameter, int64 [U], ascending; None = all.
+        touched: Which strata touched which of these rows, bool [S, U]; None where ``rows`` is.
+        is_sparse: The parameter's own gradient is sparse (``sparse=True`` lookups alone), so what
+            the optimizer gets is a sparse tensor too, as SparseAdam wants it.
+    """
+
+    values: Tensor
+    rows: Tensor | None = None
+    touched: Tensor | None = None
+    is_sparse: bool = False
+
+    def combined(self, weights: Tensor, like: Tensor) -> Tensor:
+        """Return ``sum_s weights[s] * values[s]`` as a gradient of the parameter ``like``."""
+        num_strata = self.values.shape[0]
+        flat = self.values.reshape(num_strata, -1)
+        mixed = torch.mv(flat.t(), weights.to(flat.dtype)).reshape(self.values.shape[1:])
+        return self.spread(mixed, like)
+
+    def spread(self, gradient: Tensor, like: Tensor) -> Tensor:
+        """Return a gradient of the touched rows, [U, d], as one of the parameter ``like``."""
+        if self.rows is None:
+            return gradient
+        if self.is_sparse:
+            return torch.sparse_coo_tensor(
+                self.rows.unsqueeze(0), gradient, like.shape, is_coalesced=True,
+                check_invariants=False,
+            )  # fmt: skip
+        return torch.zeros_like(like).index_copy_(0, self.rows, gradient)
+
+    def dense(self, like: Tensor) -> Tensor:
+        """Return all S gradients in full, [S, *shape]; for tests and exact comparisons."""
+        if self.rows is None:
+            return self.values
+        full = like.new_zeros((self.values.shape[0], *like.shape))
+        return full.index_copy_(1, self.rows, self.values)
+
+    def plus(self, other: StratumGradient, like: Tensor) -> StratumGradient:
+        """Return the sum with the stratum gradients of another backward."""
+        if self.rows is None or other.rows is None:
+            return StratumGradient(self.dense(like) + other.dense(like))
+        num_rows = like.shape[0]
+        rows, place = distinct_rows(torch.cat([self.rows, other.rows]), num_rows)
+        mine, theirs = place[: self.rows.numel()], place[self.rows.numel() :]
+        assert self.touched is not None
+        assert other.touched is not None
+        num_strata, _, *features = self.values.shape
+        values = self.values.new_zeros((num_strata, rows.numel(), *features))
+        values.index_add_(1, mine, self.values).index_add_(1, theirs, other.values)
+        touched = torch.zeros((num_strata, rows.numel()), dtype=torch.bool, device=rows.device)
+        touched[:, mine] = self.touched
+        touched[:, theirs] |= other.touched
+        return StratumGradient(values, rows, touched, self.is_sparse and other.is_sparse)
+
+
+def from_lookups(
+    lookups: Sequence[Tensor], dense: Tensor | None, *, is_sparse: bool
+) -> StratumGradient:
+    """Merge the gradients of the lookups in one parameter, and its dense gradient where it has one.
+
+    Args:
+        lookups: Sparse COO [S, V, d] over (stratum, item), at least one; need not be coalesced.
+        dense: [S, V, d] or None.
+        is_sparse: The parameter's own gradient is sparse where ``dense`` is None.
+    """
+    indices = torch.cat([g._indices() for g in lookups], dim=1)
+    values = torch.cat([g._values() for g in lookups])
+    strata, ids = indices[0], indices[1]
+    if dense is not None:
+        num_strata, num_rows, *rest = dense.shape
+        flat = dense.reshape(num_strata * num_rows, *rest)
+        if flat.data_ptr() == dense.data_ptr():
+            flat = flat.clone()  # a gradient may be shared with another holder
+        flat.index_add_(0, strata * num_rows + ids, values)
+        return StratumGradient(flat.view(num_strata, num_rows, *rest))
+    num_strata, num_rows = lookups[0].shape[:2]
+    rows, position = distinct_rows(ids, num_rows)
+    num_touched = rows.numel()
+    place = strata * num_touched + position
+    compact = values.new_zeros((num_strata * num_touched, *values.shape[1:]))
+    compact.index_add_(0, place, values)
+    touched = torch.zeros(num_strata * num_touched, dtype=torch.bool, device=ids.device)
+    touched[place] = True
+    return StratumGradient(
+        compact.view(num_strata, num_touched, *values.shape[1:]),
+        rows,
+        touched.view(num_strata, num_touched),
+        is_sparse,
+    )
+
+
+def distinct_rows(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Return the distinct ids, ascending, and the position of every id among them.
+
+    By marking rows instead of sorting ids: a pass over the table's length in bytes is cheaper.
+
+    Args:
+        ids: int64 [N] in ``0..num_rows-1``.
+        num_rows: Rows of the table.
+    """
+    mark = torch.zeros(num_rows, dtype=torch.bool, device=ids.device)
+    mark[ids] = True
+    rows = mark.nonzero().squeeze(1)
+    place = torch.empty(num_rows, dtype=torch.int64, device=ids.device)
+    place[rows] = torch.arange(rows.numel(), device=ids.device)
+    return rows, place[ids]
