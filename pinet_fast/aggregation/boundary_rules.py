@@ -16,6 +16,7 @@ from pinet_fast.aggregation.boundary import (
     StratifiedMatmul,
 )
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
+from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
 Func = Callable[..., Any]
@@ -146,6 +147,18 @@ def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
     return rows.copy_(beside)
 
 
+def _recurrent(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """Recurrent layers run once a stratum; what is packed by time cannot be cut by user."""
+    sizes = args[1] if len(args) > 1 else None
+    if isinstance(sizes, Tensor) and not sizes.is_floating_point():
+        raise BoundaryError(
+            f"{func_name(func)}: a PackedSequence mixes the users of a time step, so its rows "
+            "cannot be cut by stratum; pass the padded batch and mask the losses by "
+            "opt.backward(losses, weights=mask)"
+        )
+    return slice_rule(mode, func, args, kwargs)
+
+
 def _detached(value: Tensor | None, root: object | None) -> Tensor | None:
     """Keep a parameter out of the graph; leave other tensors in it, with their own gradient."""
     return value.detach() if value is not None and root is not None else value
@@ -189,6 +202,7 @@ def default_rules() -> dict[Any, BoundaryRule]:
 
     rules: dict[Any, BoundaryRule] = {F.linear: _linear, F.layer_norm: _layer_norm}
     rules |= lookup_rules()
+    rules |= dict.fromkeys((torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu), _recurrent)
     for name in ("matmul", "mm"):
         rules[getattr(torch, name)] = rules[getattr(Tensor, name)] = _matmul
     rules[Tensor.__matmul__] = _matmul

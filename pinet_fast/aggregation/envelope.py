@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,16 +23,11 @@ def refuse_outside_envelope(
     """Refuse what would train something else than it says.
 
     Raises:
-        AggregationError: Several ranks, sharded parameters, tracing of the context by
-            torch.compile, or CUDA graph capture while the leak check is armed.
+        AggregationError: Several ranks, sharded parameters, or CUDA graph capture while the leak
+            check is armed.
     """
     _refuse_ranks()
     _refuse_sharded(parameters, names)
-    if torch.compiler.is_compiling():
-        raise AggregationError(
-            "stratify: torch.compile traces the training step itself; compile the model "
-            "(model = torch.compile(model)), and keep stratify, backward and step outside"
-        )
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     if capturing and intercept and check.mode != "never":
         raise AggregationError(
@@ -39,6 +35,29 @@ def refuse_outside_envelope(
             "host; warm up until coverage() shows no unproven entry, then capture with "
             'check="never"'
         )
+
+
+def eager_modules() -> AbstractContextManager[None]:
+    """Have compiled modules run eagerly inside: a compiled graph hides its boundaries.
+
+    Raises:
+        AggregationError: torch.compile runs this call itself.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
+        return nullcontext()
+    if torch.compiler.is_compiling():
+        raise AggregationError(_TRACED)
+    try:
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    except RuntimeError as error:  # torch refuses it in a region that it compiles
+        raise AggregationError(_TRACED) from error
+    return stance
+
+
+_TRACED = (
+    "stratify: torch.compile traces the training step itself; compile the model "
+    "(model = torch.compile(model)), and keep stratify, backward and step outside"
+)
 
 
 def _refuse_ranks() -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 from torch.overrides import TorchFunctionMode
 
 from pinet_fast.aggregation.composites import OPENED, opened
@@ -131,7 +132,8 @@ class Interception(TorchFunctionMode):
         tensors = list(_tensors(args, kwargs))
         try:
             self._refuse_transforms()
-            if not any(self._may_hold_rows(t) for t in tensors):
+            # Bags: sizes of ids and offsets say nothing about rows, their rule knows better.
+            if func is not embedding_bag and not any(self._may_hold_rows(t) for t in tensors):
                 return self.derive(func, args, kwargs)
             rule = self._rules.get(func)
             if rule is not None:

@@ -185,12 +185,11 @@ def _subsets(here: Tensor) -> list[Tensor]:
 
 def _slice_sizes(grad: Tensor) -> Tensor:
     """Return the sum of magnitudes in each stratum's slice of a leaf's gradient: [S], on host."""
-    if grad.is_sparse:
-        values = grad._values()
-        per_row = values.abs().reshape(values.shape[0], -1).sum(1).double()
-        sizes = per_row.new_zeros(grad.shape[0]).index_add_(0, grad._indices()[0], per_row)
-    else:
-        sizes = grad.abs().flatten(1).sum(1).double()
+    values = (grad._values() if grad.is_sparse else grad).abs()
+    per_row = (values.flatten(1).sum(1) if values.dim() > 1 else values).double()
+    if not grad.is_sparse:
+        return per_row.cpu()
+    sizes = per_row.new_zeros(grad.shape[0]).index_add_(0, grad._indices()[0], per_row)
     return sizes.cpu()
 
 

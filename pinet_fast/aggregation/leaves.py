@@ -151,7 +151,7 @@ class VirtualLeaves:
 
     @property
     def share_rows(self) -> bool:
-        """Return whether rows took part in shared work: their graph is needed after the backward."""
+        """Return whether rows took part in shared work, whose graph is needed again."""
         return any(root.has_rows for root, _ in self._dense.values()) or any(
             entry.root.has_rows for entry in self._lookups
         )

@@ -61,7 +61,6 @@ def _getitem(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[
         and key.dtype in _INTEGERS[:4]
         and key.dim()
         and mode.root_of(table) is not None
-        and table.dim() > 1
     ):
         return _lookup(mode, func, args, kwargs, key, table, indexing=True)
     return slice_rule(mode, func, args, kwargs)
@@ -71,7 +70,7 @@ def _index_select(
     mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     table, dim, ids = bind(args, kwargs, ("input", "dim", "index"), {})
-    if dim == 0 and mode.root_of(table) is not None and table.dim() > 1:
+    if dim == 0 and mode.root_of(table) is not None:
         return _lookup(mode, func, args, kwargs, ids, table, indexing=True)
     return slice_rule(mode, func, args, kwargs)
 

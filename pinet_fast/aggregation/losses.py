@@ -173,7 +173,10 @@ def mark_terms(losses: Tensor) -> None:
         nodes.extend(parent for parent, _ in node.next_functions)
 
 
-_SUMS = frozenset({"Add", "Sub", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Alias", "ToCopy"})
+_SUMS = frozenset(
+    {"Add", "Sub", "View", "UnsafeView", "Squeeze", "Unsqueeze", "Alias", "ToCopy", "Clone",
+     "CopyBackwards"}
+)  # fmt: skip
 
 
 def _keeps_terms(node: Any) -> bool:

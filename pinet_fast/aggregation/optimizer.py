@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pinet_fast import profiling
-from pinet_fast.aggregation.envelope import refuse_outside_envelope
+from pinet_fast.aggregation.combination import Absent, Combination, reported_losses
+from pinet_fast.aggregation.envelope import eager_modules, refuse_outside_envelope
 from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.joined import JoinedOptimizers, joined
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
 from pinet_fast.aggregation.losses import (
-    LossRows,
     Reduction,
     ScalarLoss,
     StratumLosses,
@@ -25,31 +24,22 @@ from pinet_fast.aggregation.losses import (
     stratum_losses,
 )
 from pinet_fast.aggregation.pending import PendingGradients
-from pinet_fast.aggregation.report import AggregationReport, LeakState
-from pinet_fast.aggregation.rules import (
-    ConstantRule,
-    ElementwiseRule,
-    GramRule,
-    Rule,
-    by_name,
-)
+from pinet_fast.aggregation.report import AggregationReport
+from pinet_fast.aggregation.rules import ConstantRule, Rule, by_name
 from pinet_fast.aggregation.session import Session
 from pinet_fast.aggregation.strata_index import StrataIndex
 from pinet_fast.errors import AggregationError, ConfigError, StrataError
-from pinet_fast.kernels import stratum_gram
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from pinet_fast.aggregation.coverage import Coverage
-    from pinet_fast.aggregation.leaves import Collected
     from pinet_fast.aggregation.slice_rule import SliceProof
 
 _STATE_KEY = "pinet_fast"
 
 _SAVED = ("inner", "rule", "num_strata", "counts", "mode", "absent", "report_every", "_num_steps")
 
-Absent = Literal["renormalise", "skip"]
 Leaks = Literal["error", "attribute-by-row"]
 
 
@@ -230,7 +220,7 @@ class GradientAggregator(Optimizer):
         try:
             with profiling.FORWARD, ExitStack() as stack:
                 if session.interception is not None:
-                    stack.enter_context(_eager())
+                    stack.enter_context(eager_modules())
                     stack.enter_context(session.interception)
                 yield
         except BaseException:
@@ -345,7 +335,7 @@ class GradientAggregator(Optimizer):
                 mark_terms(losses)
                 with profiling.BACKWARD:
                     collected = session.stratum_gradients(reduced, self._num_steps)
-                self.report = self._aggregate(session, collected, reduced.rows, reduced.values)
+                self.report = self._combination(session).run(collected, reduced.rows, reduced)
             else:
                 self.report = self._backward_reweighted(session, reduced)
         self._fresh = True
@@ -356,12 +346,17 @@ class GradientAggregator(Optimizer):
         self._session = None
         with torch._C.DisableTorchFunction(), torch.no_grad():
             collected = session.scalar_gradients()
-            self.report = self._aggregate(session, collected, session.scalar.rows, None)
+            self.report = self._combination(session).run(collected, session.scalar.rows, None)
             session.note_gradients()
         self._fresh = True
 
+    def _combination(self, session: Session) -> Combination:
+        return Combination(
+            self.rule.active, session, self._pending, counts=self.counts, absent=self.absent
+        )
+
     def _backward_reweighted(self, session: Session, losses: StratumLosses) -> AggregationReport:
-        weights = self._constant_weights(session, losses.rows)
+        weights = self._combination(session).constant_weights(losses.rows)
         factors = losses.values.new_tensor(weights)
         with profiling.BACKWARD:
             torch.autograd.backward(losses.values, factors)
@@ -369,70 +364,9 @@ class GradientAggregator(Optimizer):
             mode="reweighted",
             counts=losses.rows.counts,
             unit=losses.rows.unit,
-            losses=_reported(losses.values, losses.rows),
+            losses=reported_losses(losses),
             weights=torch.tensor(weights, dtype=torch.float64),
         )
-
-    def _constant_weights(self, session: Session, rows: LossRows) -> tuple[float, ...]:
-        rule = self.rule.active
-        assert isinstance(rule, ConstantRule)
-        batch = session.batch_strata(rows, self.counts, renormalise=self.absent == "renormalise")
-        return rule.weights(batch)
-
-    def _aggregate(
-        self, session: Session, collected: Collected, rows: LossRows, losses: Tensor | None
-    ) -> AggregationReport:
-        """Turn the stratum gradients of one backward into ``p.grad``."""
-        rule = self.rule.active
-        if isinstance(rule, ConstantRule):
-            self._pending.clear()  # weights are the batch's own: each backward stands for itself
-        present = self._pending.add(session.parameters, collected, rows.present)
-        touched = self._pending.touched()
-        if not touched:
-            raise AggregationError(
-                "backward: no parameter of the optimizer met a row of the batch inside stratify"
-            )
-        with profiling.GRAM:
-            grams: Tensor = stratum_gram([g.values for _, g in touched])
-        weights = None
-        if isinstance(rule, ElementwiseRule):
-            with profiling.COMBINE:
-                combined = [
-                    g.spread(rule.aggregate(g.values, g.touched, present), p) for p, g in touched
-                ]
-        else:
-            with profiling.RULE:
-                if isinstance(rule, ConstantRule):
-                    weights = grams.new_tensor(self._constant_weights(session, rows))
-                else:
-                    assert isinstance(rule, GramRule)
-                    gram = grams if rule.per_parameter else grams.sum(0)
-                    weights = rule.stratum_weights(gram, present)
-            with profiling.COMBINE:
-                combined = [
-                    g.combined(w, p)
-                    for (p, g), w in zip(touched, weights.expand(len(touched), -1), strict=True)
-                ]
-        self._pending.write(combined)
-        return AggregationReport(
-            mode="exact" if session.interception is None else "one-pass",
-            counts=rows.counts,
-            unit=rows.unit,
-            losses=None if losses is None else _reported(losses, rows),
-            weights=weights,
-            gram=grams.sum(0),
-            leak=self._leak_state(session),
-        )
-
-    def _leak_state(self, session: Session) -> LeakState:
-        if session.saw_leak:
-            return "attributed-by-row"
-        if self._check.mode == "never" or session.interception is None:
-            return "unchecked"
-        if session.scalar is not None:
-            return "unchecked"
-        armed = any(step is None for _, step in self._check.coverage())
-        return "armed" if armed and self._check.mode == "first" else "proven"
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Run the wrapped optimizer's step on the aggregated gradients.
@@ -516,7 +450,7 @@ class GradientAggregator(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         inner: Optimizer = state["inner"]
-        super().__setstate__(inner.__getstate__())  # sets up the hook registries
+        super().__setstate__({"defaults": inner.defaults})  # sets up the hook registries
         self._reset()
         self._check = LeakCheck(state["check"])
         self.report = AggregationReport(mode="plain")
@@ -534,14 +468,6 @@ class GradientAggregator(Optimizer):
         return f"GradientAggregator(rule={self.rule!r}, inner={self.inner!r})"
 
 
-def _eager() -> AbstractContextManager[None]:
-    """Have compiled modules run eagerly inside: a compiled graph hides its boundaries."""
-    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
-        return nullcontext()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
-
-
 def _check_scalar(losses: Tensor, weights: Tensor | None) -> None:
     if losses.dim() or weights is not None:
         raise AggregationError(
@@ -549,8 +475,3 @@ def _check_scalar(losses: Tensor, weights: Tensor | None) -> None:
             f"losses of shape {list(losses.shape)}; drop reduction= to have one loss a row reduced "
             "here"
         )
-
-
-def _reported(losses: Tensor, rows: LossRows) -> Tensor:
-    absent = torch.tensor([not here for here in rows.present])
-    return losses.detach().cpu().masked_fill(absent, torch.nan)

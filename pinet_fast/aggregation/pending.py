@@ -6,6 +6,7 @@ stratum gradients, as if the batch had been one; not from the sum of what the ru
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,7 @@ def gradients_apart(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None
         if (hooks := getattr(p, name)) is not None
     ]
     for p, name, _ in hooked:
-        setattr(p, name, None)
+        setattr(p, name, OrderedDict())  # None would leave post-accumulate hooks installed
     caught: list[Tensor | None] = []
     for p in parameters:
         p.grad = None

@@ -1,0 +1,137 @@
+"""From stratum gradients to ``p.grad``: Gram, rule, weighted sum."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from pinet_fast import profiling
+from pinet_fast.aggregation.report import AggregationReport, LeakState
+from pinet_fast.aggregation.rules import ConstantRule, ElementwiseRule, GramRule, Rule
+from pinet_fast.errors import AggregationError
+from pinet_fast.kernels import stratum_gram
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pinet_fast.aggregation.leaves import Collected
+    from pinet_fast.aggregation.losses import LossRows, StratumLosses
+    from pinet_fast.aggregation.pending import PendingGradients
+    from pinet_fast.aggregation.session import Session
+    from pinet_fast.aggregation.stratum_gradient import StratumGradient
+
+Absent = Literal["renormalise", "skip"]
+
+
+class Combination:
+    """Combines the stratum gradients of one backward.
+
+    Args:
+        rule: The rule in force.
+        session: The stratified forward that they come from.
+        pending: Stratum gradients since the last step; ``p.grad`` is written through it.
+        counts: Population counts of the strata, where the user gave them.
+        absent: What constant rules make of strata that the batch lacks.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        session: Session,
+        pending: PendingGradients,
+        *,
+        counts: Sequence[int] | None,
+        absent: Absent,
+    ) -> None:
+        self.rule = rule
+        self.session = session
+        self.pending = pending
+        self.counts = counts
+        self.absent = absent
+
+    def constant_weights(self, rows: LossRows) -> tuple[float, ...]:
+        """Return the weights of a constant rule for a batch of these rows."""
+        assert isinstance(self.rule, ConstantRule)
+        renormalise = self.absent == "renormalise"
+        return self.rule.weights(
+            self.session.batch_strata(rows, self.counts, renormalise=renormalise)
+        )
+
+    def run(
+        self, collected: Collected, rows: LossRows, losses: StratumLosses | None
+    ) -> AggregationReport:
+        """Write ``p.grad``.
+
+        Args:
+            collected: What the backward left.
+            rows: The loss rows by stratum.
+            losses: The stratum losses, for the report; None where only a scalar was seen.
+
+        Raises:
+            AggregationError: No parameter met a row of the batch.
+        """
+        if isinstance(self.rule, ConstantRule):
+            self.pending.clear()  # weights are the batch's own: each backward stands for itself
+        present = self.pending.add(self.session.parameters, collected, rows.present)
+        touched = self.pending.touched()
+        if not touched:
+            raise AggregationError(
+                "backward: no parameter of the optimizer met a row of the batch inside stratify"
+            )
+        with profiling.GRAM:
+            grams: Tensor = stratum_gram([g.values for _, g in touched])
+        weights = None
+        if isinstance(self.rule, ElementwiseRule):
+            with profiling.COMBINE:
+                combined = [
+                    g.spread(self.rule.aggregate(g.values, g.touched, present), p)
+                    for p, g in touched
+                ]
+        else:
+            with profiling.RULE:
+                weights = self._weights(grams, present, rows)
+            with profiling.COMBINE:
+                combined = _mixed(touched, weights)
+        self.pending.write(combined)
+        session = self.session
+        return AggregationReport(
+            mode="exact" if session.interception is None else "one-pass",
+            counts=rows.counts,
+            unit=rows.unit,
+            losses=None if losses is None else reported_losses(losses),
+            weights=weights,
+            gram=grams.sum(0),
+            leak=_leak_state(session),
+        )
+
+    def _weights(self, grams: Tensor, present: Sequence[bool], rows: LossRows) -> Tensor:
+        """Return the rule's weights, float64 [S] or [n_params, S]; absent strata weigh 0."""
+        if isinstance(self.rule, ConstantRule):
+            return grams.new_tensor(self.constant_weights(rows))
+        assert isinstance(self.rule, GramRule)
+        gram = grams if self.rule.per_parameter else grams.sum(0)
+        return self.rule.stratum_weights(gram, present)
+
+
+def _mixed(touched: Sequence[tuple[Tensor, StratumGradient]], weights: Tensor) -> list[Tensor]:
+    """Return ``sum_s w_s g_s`` of every parameter."""
+    by_parameter = weights.expand(len(touched), -1)
+    return [g.combined(w, p) for (p, g), w in zip(touched, by_parameter, strict=True)]
+
+
+def _leak_state(session: Session) -> LeakState:
+    check = session.check
+    if session.saw_leak:
+        return "attributed-by-row"
+    if check.mode == "never" or session.interception is None or session.scalar is not None:
+        return "unchecked"
+    armed = any(step is None for _, step in check.coverage())
+    return "armed" if armed and check.mode == "first" else "proven"
+
+
+def reported_losses(losses: StratumLosses) -> Tensor:
+    """Return the stratum losses without graph, on the host; NaN for absent strata."""
+    absent = torch.tensor([not here for here in losses.rows.present])
+    return losses.values.detach().cpu().masked_fill(absent, torch.nan)
