@@ -1,0 +1,1 @@
+"""The grid: layers x situations, every cell exact or refused by name."""
