@@ -258,6 +258,6 @@ def outcome_of(layer: str, situation: str, dtype: torch.dtype) -> Outcome:
 
 
 @cache
-def outcome(layer: str, situation: str, dtype: torch.dtype = torch.float64) -> Outcome:
+def outcome(layer: str, situation: str, dtype: torch.dtype) -> Outcome:
     """Return :func:`outcome_of`, run once."""
     return outcome_of(layer, situation, dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
+
 from grid.layers import LAYERS
 from grid.run import Outcome, outcome
 from grid.situations import NOT_APPLICABLE, SITUATIONS
@@ -13,7 +15,7 @@ MARK = {"exact": "=", "refused": "E", "n/a": "", "FAILED": "**x**"}
 
 def outcomes() -> dict[tuple[str, str], Outcome]:
     """Run what has not run yet; return every cell's outcome by (situation, layer)."""
-    return {(s, layer): outcome(layer, s) for s in SITUATIONS for layer in LAYERS}
+    return {(s, layer): outcome(layer, s, torch.float64) for s in SITUATIONS for layer in LAYERS}
 
 
 def tally() -> Counter[str]:
