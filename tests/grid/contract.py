@@ -61,3 +61,22 @@ def assert_still_usable(opt: GradientAggregator, model: nn.Module) -> None:
         torch.testing.assert_close(p.grad, mix, rtol=1e-10, atol=1e-14)
     opt.zero_grad()
     assert type(model(X).grad_fn).__name__ == "AddmmBackward0"
+
+
+def assert_same_tree(got: object, want: object) -> None:
+    """Equal containers of equal tensors and numbers."""
+    if isinstance(want, dict):
+        assert isinstance(got, dict)
+        assert got.keys() == want.keys()
+        for key, value in want.items():
+            assert_same_tree(got[key], value)
+    elif isinstance(want, (list, tuple)):
+        assert isinstance(got, (list, tuple))
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            assert_same_tree(a, b)
+    elif isinstance(want, Tensor):
+        assert isinstance(got, Tensor)
+        assert torch.equal(got, want)
+    else:
+        assert got == want

@@ -38,6 +38,8 @@ def markdown() -> str:
         f"`x` failed: {counts['FAILED']}; empty: makes no sense ({counts['n/a']}), not counted.",
         "",
     ]
+    bounds = ", ".join(f"{name} {layer.bf16:g}" for name, layer in LAYERS.items())
+    lines.append(f"- float64 within 1e-10; bf16 autocast, relative to the largest entry: {bounds}")
     refused = sorted({(s, c.detail) for (s, _), c in cells.items() if c.kind == "refused"})
     lines += [f"- {situation}: `{error}`" for situation, error in refused]
     empty: dict[tuple[str, str], list[str]] = {}
