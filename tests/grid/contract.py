@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from support.oracle import autograd_stratum_gradients
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from pinet_fast import GradientAggregator
+from pinet_fast import GradientAggregator
 
 IDS = torch.tensor([0, 1, 1, 2, 0, 1, 1])
 X = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -80,3 +79,16 @@ def assert_same_tree(got: object, want: object) -> None:
         assert torch.equal(got, want)
     else:
         assert got == want
+
+
+def aggregator(
+    model: nn.Module, rule: Any = "agreement", every: int | None = 1, **options: Any
+) -> GradientAggregator:
+    sgd = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    return GradientAggregator(sgd, rule, num_strata=S, report_every=every, **options)
+
+
+def assert_gradients(model: nn.Module, expected: list[Tensor]) -> None:
+    for (name, p), want in zip(model.named_parameters(), expected, strict=True):
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, want, rtol=1e-10, atol=1e-13, msg=name)

@@ -159,3 +159,25 @@ def test_nested_checkpoints_with_dropout_are_exact(how: str) -> None:
             opt.backward(values)
         for p, want in zip(model.parameters(), expected, strict=True):
             torch.testing.assert_close(p.grad, want[s], rtol=1e-10, atol=1e-13)
+
+
+def test_exact_mode_of_a_compiled_model() -> None:
+    """S backwards through one graph: a compiled backward refuses that unless it is prepared."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, rule = Tied().double(), Pick()
+    ids, strata = torch.randint(0, ITEMS, (6, LENGTH)), torch.tensor([0, 1, 2, 2, 1, 0])
+    expected = autograd_stratum_gradients(lambda: model(ids), strata, [*model.parameters()], S)
+    compiled = torch.compile(model, backend="aot_eager", dynamic=True)
+    opt = GradientAggregator(
+        torch.optim.SGD(model.parameters(), lr=0.05), rule, num_strata=S, mode="exact"
+    )
+    for s in range(S):
+        rule.index = s
+        opt.zero_grad()
+        with opt.stratify(strata):
+            losses = compiled(ids)
+        opt.backward(losses)
+        for p, want in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.grad, want[s], rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()

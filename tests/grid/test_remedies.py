@@ -10,8 +10,17 @@ import torch.nn.functional as F
 from support.oracle import autograd_stratum_gradients
 from torch import Tensor, nn
 
-from grid.contract import IDS, S, X, losses_of, network, one_hot, stratum_gradients
-from pinet_fast import GradientAggregator
+from grid.contract import (
+    IDS,
+    S,
+    X,
+    aggregator,
+    assert_gradients,
+    losses_of,
+    network,
+    one_hot,
+    stratum_gradients,
+)
 from pinet_fast.errors import AggregationError, PinetError
 from pinet_fast.rules import Backdoor
 
@@ -20,19 +29,6 @@ if TYPE_CHECKING:
 
 MASK = torch.tensor([1.0, 0.5, 1.0, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
 PRIOR = [0.2, 0.3, 0.5]
-
-
-def aggregator(
-    model: nn.Module, rule: Any = "agreement", every: int | None = 1, **options: Any
-) -> GradientAggregator:
-    sgd = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    return GradientAggregator(sgd, rule, num_strata=S, report_every=every, **options)
-
-
-def assert_gradients(model: nn.Module, expected: list[Tensor]) -> None:
-    for (name, p), want in zip(model.named_parameters(), expected, strict=True):
-        assert p.grad is not None, name
-        torch.testing.assert_close(p.grad, want, rtol=1e-10, atol=1e-13, msg=name)
 
 
 def weighted(model: nn.Module, weights: Tensor) -> list[Tensor]:
@@ -151,73 +147,6 @@ def test_an_l2_term_is_added_once_after_the_rule(rule: str) -> None:
             for g, p in zip(expected, model.parameters(), strict=True)
         ],
     )
-
-
-class Square(nn.Module):
-    """[B, L, 3] with L == B: a linear layer cannot tell users from events."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(3, 4)
-        self.norm = nn.LayerNorm(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.norm(self.inner(x)))
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_declared_rows_decide(dim: int) -> None:
-    torch.manual_seed(0)
-    model = Square().double()
-    x = torch.randn(7, 7, 3, dtype=torch.float64)
-
-    def losses() -> Tensor:
-        return model(x).pow(2).sum((1 - dim, 2))
-
-    expected = autograd_stratum_gradients(losses, IDS, [*model.parameters()], S)
-    opt = aggregator(model, Backdoor(one_hot(1)))
-    rows = {name: (dim, IDS) for name, _ in model.named_parameters()}
-    with opt.stratify(IDS, rows=rows):
-        values = losses()
-    opt.backward(values)
-    assert_gradients(model, [g[1] for g in expected])
-
-
-def test_wrongly_declared_rows_are_a_leak() -> None:
-    torch.manual_seed(0)
-    model = Square().double()
-    x = torch.randn(7, 7, 3, dtype=torch.float64)
-    opt = aggregator(model)
-    rows = {name: (1, IDS) for name, _ in model.named_parameters()}
-
-    def step() -> None:
-        with opt.stratify(IDS, rows=rows):
-            losses = model(x).pow(2).sum((1, 2))
-        opt.backward(losses)
-
-    with pytest.raises(PinetError, match=r"inner\.weight|norm\.weight"):
-        step()
-
-
-@pytest.mark.parametrize(
-    ("rows", "match"),
-    [
-        ({"inner.wieght": (0, IDS)}, r"inner\.wieght"),
-        ({"inner.weight": (5, IDS)}, r"inner\.weight"),
-        ({"inner.weight": (0, IDS[:4])}, r"inner\.weight"),
-    ],
-)
-def test_bad_declarations_are_refused(rows: Any, match: str) -> None:
-    model = Square().double()
-    opt = aggregator(model)
-
-    def step() -> None:
-        with opt.stratify(IDS, rows=rows):
-            losses = model(torch.randn(7, 7, 3, dtype=torch.float64)).pow(2).sum((1, 2))
-        opt.backward(losses)
-
-    with pytest.raises(PinetError, match=match):
-        step()
 
 
 class TwoTowers(nn.Module):
