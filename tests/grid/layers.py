@@ -122,7 +122,8 @@ class Layer:
         width: Size of the last dimension of the output.
         sequence: Needs whole sequences: neither ragged rows nor a single item serve.
         sliced: May use the slice rule.
-        bf16: Relative error allowed under bf16 autocast.
+        bf16: Relative error allowed under bf16 autocast: about twice what plain autograd itself
+            differs by, over 20 seeds, when a stratum's gradient is summed user by user in float32.
     """
 
     make: Callable[[bool, float], nn.Module]
@@ -130,7 +131,7 @@ class Layer:
     width: int = D
     sequence: bool = False
     sliced: bool = False
-    bf16: float = 1e-2
+    bf16: float = 2e-2
 
 
 def _same(make: Callable[[], nn.Module]) -> Callable[[bool, float], nn.Module]:
@@ -138,7 +139,7 @@ def _same(make: Callable[[], nn.Module]) -> Callable[[bool, float], nn.Module]:
 
 
 def _tied(spelling: str) -> Layer:
-    return Layer(_same(lambda: Tied(spelling)), takes="ids", width=NUM_ITEMS + 1, bf16=2e-2)
+    return Layer(_same(lambda: Tied(spelling)), takes="ids", width=NUM_ITEMS + 1, bf16=3e-2)
 
 
 def _table(**options: Any) -> Callable[[bool, float], nn.Module]:
@@ -151,8 +152,8 @@ def _encoder(time_major: bool, dropout: float) -> nn.Module:
 
 LAYERS: dict[str, Layer] = {
     "linear": Layer(_same(lambda: nn.Linear(D, D))),
-    "embedding padded": Layer(_table(padding_idx=0), takes="ids"),
-    "embedding sparse": Layer(_table(sparse=True), takes="ids"),
+    "embedding padded": Layer(_table(padding_idx=0), takes="ids", bf16=5e-2),
+    "embedding sparse": Layer(_table(sparse=True), takes="ids", bf16=5e-2),
     "tied .T": _tied(".T"),
     "tied .t()": _tied(".t()"),
     "tied F.linear": _tied("F.linear"),
@@ -163,7 +164,7 @@ LAYERS: dict[str, Layer] = {
     "TransformerEncoderLayer": Layer(_encoder, sequence=True, bf16=3e-2),
     "conv1d": Layer(lambda t, p: Convolution(t), sequence=True, sliced=True),
     "position added": Layer(lambda t, p: Positions(t), sliced=True),
-    "CLS token": Layer(lambda t, p: ClassToken(t), sequence=True, sliced=True),
+    "CLS token": Layer(lambda t, p: ClassToken(t), sequence=True, sliced=True, bf16=4e-2),
     "weight-normed": Layer(
         _same(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(D, D))), sliced=True
     ),

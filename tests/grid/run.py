@@ -200,7 +200,7 @@ def run_cell(cell: Cell) -> None:
         gram = run.opt.report.gram
         assert gram is not None, "report.gram is missing"
         error = float((gram - flat @ flat.T).abs().max() / (flat @ flat.T).abs().max())
-        assert error <= 4 * tolerance, f"report.gram is off by {error:.3g}"
+        assert error <= 2 * tolerance, f"report.gram is off by {error:.3g}"
 
     prior = torch.arange(1.0, cell.num_strata + 1, dtype=torch.float64)
     weights = torch.zeros(cell.num_strata, dtype=torch.float64)
