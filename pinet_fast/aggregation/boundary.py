@@ -49,6 +49,15 @@ def stratum_sums(rows: Tensor, groups: RowGroups) -> Tensor:
     return torch.stack([part.sum(0, dtype=dtype) for part in groups.split(rows)])
 
 
+def folding(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return ``weight`` such that products with ``rows`` take the path they take for a parameter.
+
+    torch folds strided batches of rows into one product where the weight requires a gradient, and
+    not elsewhere; the two round differently.
+    """
+    return weight if rows.is_contiguous() else weight.detach().requires_grad_()
+
+
 class StratifiedLinear(torch.autograd.Function):
     """``y = x W^T + b`` with stratum gradients of W and b; x [*, D_in], W [D_out, D_in]."""
 
@@ -66,7 +75,7 @@ class StratifiedLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
-        return F.linear(rows, weight, bias)
+        return F.linear(rows, folding(rows, weight), bias)
 
     @staticmethod
     @once_differentiable
@@ -100,7 +109,7 @@ class StratifiedMatmul(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
-        return torch.matmul(rows, weight)
+        return torch.matmul(rows, folding(rows, weight))
 
     @staticmethod
     @once_differentiable

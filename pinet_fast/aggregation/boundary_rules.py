@@ -16,7 +16,6 @@ from pinet_fast.aggregation.boundary import (
     StratifiedMatmul,
 )
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
-from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
 Func = Callable[..., Any]
@@ -30,7 +29,7 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     if mode.root_of(rows) is not None:
         raise BoundaryError("linear: the input is a parameter and the weight holds rows")
     shape = tuple(rows.shape[:-1])
-    layout = mode.find(shape, rows, (weight_root, bias_root))
+    layout = mode.find(shape, rows, (weight_root, bias_root), "linear")
     if layout is None:
         return mode.derive(func, args, kwargs)
     rows, weight, bias = autocast(rows, _detached(weight, weight_root), _detached(bias, bias_root))
@@ -55,7 +54,7 @@ def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
             "`rows @ weight.T`"
         )
     shape = tuple(rows.shape[:-1])
-    layout = mode.find(shape, rows, (root,))
+    layout = mode.find(shape, rows, (root,), "matmul")
     if layout is None:
         return mode.derive(func, args, kwargs)
     leaf = mode.dense_leaf(root, "matmul", layout)
@@ -73,7 +72,7 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
     normalized = [int(size) for size in normalized_shape]
     shape = tuple(rows.shape[: rows.dim() - len(normalized)])
     weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
-    layout = mode.find(shape, rows, (weight_root, bias_root))
+    layout = mode.find(shape, rows, (weight_root, bias_root), "layer_norm")
     if layout is None:
         return mode.derive(func, args, kwargs)
     if rows.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
@@ -113,7 +112,7 @@ def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
         size if dim < extra or parameter.shape[dim - extra] == 1 else -1
         for dim, size in enumerate(out_shape)
     )
-    layout = mode.find(sizes, rows if rows.shape == out_shape else None, (root,))
+    layout = mode.find(sizes, rows if rows.shape == out_shape else None, (root,), op)
     if layout is None:
         return mode.derive(func, args, kwargs)
     multiply = op in ("mul", "multiply")
@@ -145,18 +144,6 @@ def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
             f"{name}: the result {list(beside.shape)} does not fit into {list(rows.shape)}"
         )
     return rows.copy_(beside)
-
-
-def _recurrent(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    """Recurrent layers run once a stratum; what is packed by time cannot be cut by user."""
-    sizes = args[1] if len(args) > 1 else None
-    if isinstance(sizes, Tensor) and not sizes.is_floating_point():
-        raise BoundaryError(
-            f"{func_name(func)}: a PackedSequence mixes the users of a time step, so its rows "
-            "cannot be cut by stratum; pass the padded batch and mask the losses by "
-            "opt.backward(losses, weights=mask)"
-        )
-    return slice_rule(mode, func, args, kwargs)
 
 
 def _detached(value: Tensor | None, root: object | None) -> Tensor | None:
@@ -198,11 +185,13 @@ def bind(
 
 def default_rules() -> dict[Any, BoundaryRule]:
     """Return the boundary rules by torch function."""
-    from pinet_fast.aggregation.lookup_rules import lookup_rules  # which uses bind of this file
+    # They use bind of this file.
+    from pinet_fast.aggregation.lookup_rules import lookup_rules
+    from pinet_fast.aggregation.recurrent_rules import recurrent_rules
 
     rules: dict[Any, BoundaryRule] = {F.linear: _linear, F.layer_norm: _layer_norm}
     rules |= lookup_rules()
-    rules |= dict.fromkeys((torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu), _recurrent)
+    rules |= recurrent_rules()
     for name in ("matmul", "mm"):
         rules[getattr(torch, name)] = rules[getattr(Tensor, name)] = _matmul
     rules[Tensor.__matmul__] = _matmul

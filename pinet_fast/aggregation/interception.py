@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from torch.overrides import TorchFunctionMode
 
@@ -25,8 +25,9 @@ from pinet_fast.aggregation.gradient_calls import (
 )
 from pinet_fast.aggregation.leak_check import LeakCheck, Site, Use
 from pinet_fast.aggregation.leaves import Root, Term, VirtualLeaves
+from pinet_fast.aggregation.provenance import trace
 from pinet_fast.aggregation.slice_rule import SliceProof, slice_rule
-from pinet_fast.errors import BoundaryError, PinetError
+from pinet_fast.errors import BoundaryError, PinetError, RowLayoutError
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
@@ -87,6 +88,7 @@ class Interception(TorchFunctionMode):
         self._check = check
         self._rules = rules
         self._occurrences: dict[tuple[Any, ...], int] = {}
+        self._known: dict[int, tuple[Tensor, RowLayout]] = {}
         # Keys are identities; the values keep the tensors alive, so no key is ever reused.
         self._roots: dict[int, Root] = {
             id(p): Root(p, (i,), is_parameter=True) for i, p in enumerate(parameters)
@@ -141,8 +143,16 @@ class Interception(TorchFunctionMode):
             if func not in OPENED:
                 return slice_rule(self, func, args, kwargs)
         except PinetError as error:
-            error.add_note(f"in {func_name(func)} with {self._describe(tensors)}")
+            error.add_note(f"in {func_name(func)} with {self.describe(tensors)}")
             raise
+        # Attention states its layout: rows are dimension 1 of queries, keys and values.
+        for tensor in args[:3]:
+            shape = (
+                (-1, tensor.shape[1]) if isinstance(tensor, Tensor) and tensor.dim() == 3 else ()
+            )
+            layout = self.rows.find_exact(shape)
+            if layout is not None:
+                self._known[id(tensor)] = (tensor, layout)
         with self:
             return opened(func)(*args, **kwargs)
 
@@ -280,14 +290,25 @@ class Interception(TorchFunctionMode):
     # Rows ---------------------------------------------------------------------------------------
 
     def find(
-        self, shape: tuple[int, ...], tensor: Tensor | None, roots: Sequence[Root | None]
+        self,
+        shape: tuple[int, ...],
+        tensor: Tensor | None,
+        roots: Sequence[Root | None],
+        op: str,
     ) -> RowLayout | None:
         """Return the row layout of a call's operand: as declared for a parameter, or found.
+
+        Where neither sizes nor the graph tell (L == B), what an earlier batch proved of the same
+        parameter and op holds still.
 
         Args:
             shape: Sizes of the dimensions that can hold rows; -1 for dimensions that cannot.
             tensor: The operand; None where it has no graph worth asking.
             roots: The parameters it meets.
+            op: The op, as the leak check names it.
+
+        Raises:
+            RowLayoutError: The layout is undecided, or another than declared.
         """
         if self.rows.declared:
             for root in roots:
@@ -295,12 +316,27 @@ class Interception(TorchFunctionMode):
                     layout = self.rows.find_declared(self.names[source], shape)
                     if layout is not None:
                         return layout
-        return self.rows.find(shape, tensor)
+        known = self._known.get(id(tensor))
+        if known is not None:
+            return known[1]
+        try:
+            return self.rows.find(shape, tensor)
+        except RowLayoutError:
+            for sources in {root.sources for root in roots if root is not None}:
+                role = self._check.proven_role(sources, op)
+                layout = None if role is None else self.rows.with_role(*role, shape)
+                if layout is not None:
+                    return layout
+            raise
 
     def _may_hold_rows(self, tensor: Tensor) -> bool:
         root = self.root_of(tensor)
         if root is None:
-            return any(self.rows.is_row_size(size) for size in tensor.shape)
+            if isinstance(tensor, nn.Parameter):
+                return False  # a frozen one: its sizes say nothing
+            return any(self.rows.is_row_size(size) for size in tensor.shape) or (
+                tensor.requires_grad and trace(tensor) is not None
+            )
         return bool(self.rows.declared) and any(
             self.names[source] in self.rows.declared for source in root.sources
         )
@@ -326,7 +362,9 @@ class Interception(TorchFunctionMode):
                 "`with opt.stratify(...)`"
             )
 
-    def _describe(self, tensors: Sequence[Tensor]) -> str:
+    def describe(self, values: Sequence[Any]) -> str:
+        """Return the shapes of tensors, with the names of parameters, for messages."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
         return ", ".join(
             f"{'+'.join(self.names[i] for i in root.sources)} {list(t.shape)}"
             if (root := self.root_of(t)) is not None

@@ -51,8 +51,8 @@ class JoinedOptimizers(Optimizer):
         ids = [id(p) for group in groups for p in group["params"]]
         if len(set(ids)) < len(ids):
             raise ConfigError(
-                "GradientAggregator: a parameter belongs to two of the optimizers; give each "
-                "parameter to one"
+                "GradientAggregator: the optimizers share a parameter, which two of them would "
+                "step; give each parameter to one"
             )
         self._is_made = False
         super().__init__(groups, {})

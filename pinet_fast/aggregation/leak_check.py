@@ -76,6 +76,7 @@ class LeakCheck:
             raise ConfigError(f'check: expected "first", "never" or "always", got {mode!r}')
         self.mode: CheckMode = mode
         self._proofs: dict[Site, _Proof] = {}
+        self._roles: dict[tuple[tuple[int, ...], str], set[tuple[str, int]]] = {}
         self._accepted: set[Site] = set()
         # Of its own: a check must not move the stream that dropout draws from.
         self._generator = torch.Generator().manual_seed(0)
@@ -139,6 +140,8 @@ class LeakCheck:
             proof = self._proofs.get(use.site)
             if proof is not None and proof.complete and proof.step is None:
                 proof.step = step
+                role = (use.site.kind, use.site.dim)
+                self._roles.setdefault((use.site.parameter, use.site.op), set()).add(role)
         return has_leak
 
     def _judge(
@@ -154,6 +157,11 @@ class LeakCheck:
         proof = self._proofs.setdefault(site, _Proof(len(members)))
         own_moves = members & (sizes > 0)
         proof.pairs |= own_moves.unsqueeze(1) & (here & ~members).unsqueeze(0)
+
+    def proven_role(self, parameter: tuple[int, ...], op: str) -> tuple[str, int] | None:
+        """Return the kind of rows and their dimension that is proven for all uses, or None."""
+        roles = self._roles.get((parameter, op), set())
+        return next(iter(roles)) if len(roles) == 1 else None
 
     def coverage(self) -> list[tuple[Site, int | None]]:
         """Return every site seen and the step at which it was proven (None = not yet)."""

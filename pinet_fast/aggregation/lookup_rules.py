@@ -42,7 +42,7 @@ def _lookup(
     root = mode.root_of(table)
     if root is None:
         raise BoundaryError(f"{func_name(func)}: the ids are computed from a parameter")
-    layout = mode.find(tuple(ids.shape), ids, (root,))
+    layout = mode.find(tuple(ids.shape), ids, (root,), "embedding")
     if layout is None:
         return mode.derive(func, args, kwargs)
     padding = None if padding_idx is None else padding_idx % table.shape[0]
@@ -103,7 +103,7 @@ def _embedding_bag(
         ids, with_last = ids.reshape(-1), False
         weights = None if weights is None else weights.reshape(-1)
     bounds = offsets[:-1] if with_last else offsets
-    layout = mode.find((bounds.numel(),), None, (root,))
+    layout = mode.find((bounds.numel(),), None, (root,), "embedding_bag")
     if layout is None:
         return mode.derive(func, args, kwargs)
     bags = torch.bucketize(torch.arange(ids.numel(), device=ids.device), bounds, right=True) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
 
 _STATE_KEY = "pinet_fast"
 
-_SAVED = ("inner", "rule", "num_strata", "counts", "mode", "absent", "report_every", "_num_steps")
+_SAVED = (
+    "inner", "rule", "num_strata", "counts", "mode", "absent", "leaks", "report_every",
+    "_num_steps",
+)  # fmt: skip
 
 Leaks = Literal["error", "attribute-by-row"]
 
@@ -80,6 +84,9 @@ class GradientAggregator(Optimizer):
             others share their weight, which tilts the estimate towards strata that are always
             there; ``"skip"``: it is lost, and the step is shorter. Rules that depend on gradients
             see the strata that are there, either way.
+        leaks: What the leak check does where users mix. ``"error"``; or ``"attribute-by-row"``: a
+            gradient counts for the stratum of the row it flows through, whoever's loss it comes
+            from; the report says so.
         report_every: Compute stratum gradients, for the report's Gram, at every k-th step also for
             constant rules; None = never.
 
@@ -99,11 +106,16 @@ class GradientAggregator(Optimizer):
         check: CheckMode = "first",
         mode: Literal["one-pass", "exact"] = "one-pass",
         absent: Absent = "renormalise",
+        leaks: Leaks = "error",
         report_every: int | None = None,
     ) -> None:
         inner = joined(opt)
         if absent not in get_args(Absent):
             raise ConfigError(f'absent: expected "renormalise" or "skip", got {absent!r}')
+        if leaks not in get_args(Leaks):
+            raise ConfigError(f'leaks: expected "error" or "attribute-by-row", got {leaks!r}')
+        if num_strata is not None and num_strata < 1:
+            raise ConfigError(f"num_strata: expected a number >= 1, got {num_strata}")
         if mode not in ("one-pass", "exact"):
             raise ConfigError(f'mode: expected "one-pass" or "exact", got {mode!r}')
         if report_every is not None and report_every < 1:
@@ -115,6 +127,7 @@ class GradientAggregator(Optimizer):
         self.counts = None if counts is None else tuple(counts)
         self.mode = mode
         self.absent: Absent = absent
+        self.leaks: Leaks = leaks
         self.report_every = report_every
         self.report = AggregationReport(mode="plain")
         self._check = LeakCheck(check)
@@ -151,7 +164,6 @@ class GradientAggregator(Optimizer):
         rows: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
         reduction: Reduction | None = None,
         row_weights: Tensor | None = None,
-        leaks: Leaks = "error",
     ) -> Iterator[None]:
         """Compute the forward of one batch inside this context.
 
@@ -170,19 +182,15 @@ class GradientAggregator(Optimizer):
             row_weights: With ``reduction``: weights of the rows in it, a mask for example, [B],
                 [T] or [B, L]; None = every event where lengths are known, else every user, counts
                 alike.
-            leaks: ``"error"``; or ``"attribute-by-row"``, where users mix: a gradient then counts
-                for the stratum of the row it flows through, whoever's loss it comes from.
 
         Raises:
             AggregationError: Contexts of one aggregator are nested, or something that is outside
                 what stratum gradients can do: several ranks, sharded parameters.
             StrataError: Ids out of range or another number of strata than before.
-            ConfigError: An unknown reduction or ``leaks``.
+            ConfigError: An unknown reduction, or a name in ``rows`` that no parameter has.
         """
         if self._inside:
             raise AggregationError("stratify: the contexts of one GradientAggregator cannot nest")
-        if leaks not in get_args(Leaks):
-            raise ConfigError(f'leaks: expected "error" or "attribute-by-row", got {leaks!r}')
         if row_weights is not None and reduction is None:
             raise ConfigError(
                 "stratify: row_weights describe a reduction; add reduction=, or give them to "
@@ -197,6 +205,7 @@ class GradientAggregator(Optimizer):
         index = self._strata_index(strata, num_strata, lengths)
         parameters, names = self._parameters()
         self._names = names  # as the leak check's sites count them
+        _check_names(rows or {}, names)
         if parameters:
             index = index.to(parameters[0].device)
         wanted = reduction is not None or self._wants_stratum_gradients()
@@ -211,16 +220,17 @@ class GradientAggregator(Optimizer):
             slice_proofs=self._slice_proofs,
             intercept=intercept,
             declared=rows,
-            on_scalar=None if reduction is None else lambda: self._finish_scalar(session),
+            on_scalar=None if reduction is None else self._finish_scalar,
         )
-        session.attributes_leaks = leaks == "attribute-by-row"
+        session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:
             session.scalar = ScalarLoss.of(reduction, row_weights, session.rows)
         self._session, self._inside = session, True
         try:
             with profiling.FORWARD, ExitStack() as stack:
-                if session.interception is not None:
+                if wanted:
                     stack.enter_context(eager_modules())
+                if session.interception is not None:
                     stack.enter_context(session.interception)
                 yield
         except BaseException:
@@ -340,14 +350,19 @@ class GradientAggregator(Optimizer):
                 self.report = self._backward_reweighted(session, reduced)
         self._fresh = True
 
-    def _finish_scalar(self, session: Session) -> None:
+    def _finish_scalar(self) -> None:
         """Aggregate at the end of a backward on a scalar; called by the engine."""
-        assert session.scalar is not None
-        self._session = None
+        session = self._session
+        if session is None or session.scalar is None:
+            raise AggregationError(
+                "backward: this scalar belongs to a forward that a later stratify, step or "
+                "zero_grad has ended; call backward before them"
+            )
         with torch._C.DisableTorchFunction(), torch.no_grad():
             collected = session.scalar_gradients()
             self.report = self._combination(session).run(collected, session.scalar.rows, None)
             session.note_gradients()
+        session.is_finished = True
         self._fresh = True
 
     def _combination(self, session: Session) -> Combination:
@@ -380,10 +395,11 @@ class GradientAggregator(Optimizer):
                 "GradientAggregator.step takes no closure: stratify, backward and step are calls "
                 "of their own; optimizers that need one (LBFGS) cannot be wrapped"
             )
-        if self._session is not None:
+        if self._session is not None and not self._session.is_finished:
             raise AggregationError(
                 "step: the forward was stratified but opt.backward(losses) was not called; "
-                "losses.backward() alone leaves the parameters without gradient"
+                "call it instead of loss.backward(), or say how the scalar was reduced by "
+                'stratify(strata, reduction="mean")'
             )
         if not self._fresh:
             self._note_plain_step()
@@ -391,14 +407,18 @@ class GradientAggregator(Optimizer):
             self.inner.step()
         if self._fresh:
             self.rule.commit()
+        self._session = None
         self._fresh = False
         self._pending.clear()
         self._num_steps += 1
 
     def _note_plain_step(self) -> None:
         self.report = AggregationReport(mode="plain")
-        has_gradient = any(p.grad is not None for g in self.param_groups for p in g["params"])
-        if has_gradient and not self._warned_plain:
+        if self._warned_plain:
+            return
+        # Zero gradients are how checkpoints make a fresh optimizer's state: nothing to warn of.
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if any(bool((grad != 0).any()) for grad in map(_dense, grads)):
             self._warned_plain = True
             warnings.warn(
                 "GradientAggregator.step: these gradients come from no stratify(...), so this is "
@@ -466,6 +486,22 @@ class GradientAggregator(Optimizer):
 
     def __repr__(self) -> str:
         return f"GradientAggregator(rule={self.rule!r}, inner={self.inner!r})"
+
+
+def _check_names(rows: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in rows:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"stratify: rows= declares {name!r}, which names no parameter{hint}; names are "
+                "those of coverage(), and of the module where the optimizer was given "
+                "model.named_parameters()"
+            )
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def _check_scalar(losses: Tensor, weights: Tensor | None) -> None:

@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from pinet_fast.aggregation.layout import RowLayout
+from pinet_fast.aggregation.strata_index import RowGroups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,6 +196,47 @@ def _attention(node: Any, shape: Shape) -> _Node:
     return _Node(shape, keep, _parents(node)[:1])
 
 
+def _indexed(node: Any, shape: Shape) -> _Node | None:
+    """Rows chosen by ids or by a mask: the strata are chosen with them."""
+    before = tuple(int(size) for size in node._saved_self_sym_sizes)
+    indices: list[Tensor | None] = []
+    for index in node._saved_indices:
+        if index is not None and index.dtype == torch.bool:
+            indices.extend(index.nonzero(as_tuple=True))
+        else:
+            indices.append(index)
+    places = [dim for dim, index in enumerate(indices) if index is not None]
+    chosen = [index for index in indices if index is not None]
+    if not places or places != list(range(places[0], places[-1] + 1)):
+        return None  # advanced indices that are apart move to the front
+    if any(index.dim() != 1 for index in chosen):
+        return None
+
+    def step(layout: RowLayout) -> RowLayout | None:
+        if layout.dim < places[0]:
+            return layout
+        if layout.dim > places[-1]:
+            return layout._replace(dim=layout.dim - len(places) + 1)
+        return _chosen(layout, indices[layout.dim], places[0])  # type: ignore[arg-type]
+
+    return _Node(before, step, _parents(node)[:1])
+
+
+def _index_select(node: Any, shape: Shape) -> _Node:
+    before = tuple(int(size) for size in node._saved_self_sym_sizes)
+    dim = _dim(node._saved_dim, len(before))
+
+    def step(layout: RowLayout) -> RowLayout | None:
+        return layout if layout.dim != dim else _chosen(layout, node._saved_index, dim)
+
+    return _Node(before, step, _parents(node))
+
+
+def _chosen(layout: RowLayout, index: Tensor, dim: int) -> RowLayout:
+    ids = layout.groups.ids.repeat_interleave(layout.inner).repeat(layout.outer)[index]
+    return RowLayout(dim, "chosen", RowGroups.from_ids(ids, layout.groups.num_strata))
+
+
 _ELEMENTWISE = (
     "Abs", "Add", "Clone", "Copy", "Cos", "Cumsum", "Div", "Elu", "Exp", "Gelu", "Hardswish",
     "LeakyRelu", "Log", "LogSigmoid", "LogSoftmax", "MaskedFill", "Mul", "NativeDropout", "Neg",
@@ -214,6 +258,8 @@ _READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
     "SelectBackward0": _select,
     "SliceBackward0": _part,
     "SplitBackward0": _part,
+    "IndexBackward0": _indexed,
+    "IndexSelectBackward0": _index_select,
     "ExpandBackward0": _expand,
     "BmmBackward0": _batched_product,
     "BaddbmmBackward0": _batched_product,

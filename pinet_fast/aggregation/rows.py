@@ -54,9 +54,8 @@ class BatchRows:
     def find(self, shape: tuple[int, ...], tensor: Tensor | None = None) -> RowLayout | None:
         """Return the layout of a tensor whose candidate dimensions have the sizes ``shape``.
 
-        One dimension of the batch's size decides it. Where several qualify, or only a multiple of
-        that size, the tensor's autograd graph is asked where its rows came from; a flattening that
-        the graph does not explain is taken as B-major.
+        The tensor's autograd graph is asked where its rows came from. Where it does not tell, one
+        dimension of the batch's size decides; a multiple of that size is taken as B-major.
 
         Args:
             shape: Sizes of the dimensions that can hold rows; -1 for dimensions that cannot.
@@ -68,20 +67,22 @@ class BatchRows:
         Raises:
             RowLayoutError: Two dimensions qualify and the graph does not tell.
         """
+        # The graph first: rows that were chosen from the batch may have its size by chance.
+        traced = None if tensor is None or tensor.grad_fn is None else trace(tensor)
+        if traced is not None and traced.dim < len(shape) and shape[traced.dim] >= 0:
+            return traced
         exact = self.find_exact(shape)
         if exact is not None:
             return exact
-        traced = None if tensor is None else trace(tensor)
-        if traced is not None and traced.dim < len(shape) and shape[traced.dim] >= 0:
-            return traced
         matches = [dim for dim, size in enumerate(shape) if size in self._sizes]
         if matches:
             sizes = [shape[dim] for dim in matches]
             raise RowLayoutError(
                 f"row layout: dimensions {matches} of {list(shape)} (sizes {sizes}) may both hold "
                 f"the batch's rows ({self.describe()}), so the strata of its rows are undecided; "
-                "pass a ragged batch with stratify(strata, lengths=...), or a batch whose size "
-                "differs from the sequence length"
+                "pass a ragged batch with stratify(strata, lengths=...), declare the layout with "
+                "stratify(strata, rows={parameter name: (dim, stratum ids along it)}), or train on "
+                "a batch whose size differs from the sequence length first"
             )
         return self._flattening(shape[0]) if shape and shape[0] > 0 else None
 
@@ -92,6 +93,13 @@ class BatchRows:
             return None
         kind, groups = self._sizes[shape[matches[0]]]
         return RowLayout(matches[0], kind, groups)
+
+    def with_role(self, kind: str, dim: int, shape: tuple[int, ...]) -> RowLayout | None:
+        """Return the layout of rows of a kind in a dimension, where ``shape`` allows it."""
+        for size, (name, groups) in self._sizes.items():
+            if name == kind and dim < len(shape) and shape[dim] == size:
+                return RowLayout(dim, kind, groups)
+        return None
 
     def find_declared(self, name: str, shape: tuple[int, ...]) -> RowLayout | None:
         """Return the layout declared for the parameter ``name``, or None.

@@ -25,6 +25,25 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.strata_index import StrataIndex
 
 
+class _BackwardGuard:
+    """Refuses a backward that is not the aggregator's.
+
+    Hung on every leaf, so it holds nothing: a leaf that held its session would keep gradients
+    alive until the next garbage collection.
+    """
+
+    def __init__(self) -> None:
+        self.is_expected = False
+
+    def __call__(self, grad: Tensor) -> None:
+        if not self.is_expected:
+            raise AggregationError(
+                "backward: the losses were computed inside stratify, and nothing says how this "
+                "scalar was reduced; call opt.backward(losses) with one loss a user or an event, "
+                'or say stratify(strata, reduction="mean") where it is a mean over all rows'
+            )
+
+
 class Session:
     """The state between entering ``stratify`` and the end of its backward.
 
@@ -39,6 +58,7 @@ class Session:
         on_scalar: Called at the end of a backward on a scalar; None where losses come as vectors.
 
     Attributes:
+        is_finished: A backward on the scalar was aggregated.
         scalar: How the loop reduces its losses; None where they come as vectors.
         attributes_leaks: Where users mix, gradients count for the stratum of their row.
         saw_leak: Users mix in this batch.
@@ -68,8 +88,12 @@ class Session:
         self.saw_leak = False
         self.leaves = VirtualLeaves(strata.num_strata)
         self.interception: Interception | None = None
+        self.is_finished = False
+        self._guard = _BackwardGuard()
         if on_scalar is not None:
             self._watch(on_scalar)
+        elif intercept:
+            self.leaves.on_gradient = self._guard
         if intercept:
             self.interception = Interception(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
@@ -101,6 +125,7 @@ class Session:
         if self.interception is None:
             return self._by_separate_backwards(losses)
         present = losses.rows.present
+        self._guard.is_expected = True
         with gradients_apart(self.parameters), replay(self.interception):
             if self.interception.uses and sum(present) > 1:
                 self.saw_leak = self.check.run(

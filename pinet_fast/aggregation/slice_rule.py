@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pinet_fast.errors import BoundaryError, RowLayoutError
@@ -63,7 +63,9 @@ def slice_rule(
         )
     values, spec = pytree.tree_flatten((args, kwargs))
     roots = [mode.root_of(v) if isinstance(v, Tensor) else None for v in values]
-    layouts = [_layout_of(mode, v, root) for v, root in zip(values, roots, strict=True)]
+    layouts = [
+        _layout_of(mode, name, v, root, roots) for v, root in zip(values, roots, strict=True)
+    ]
     used = [
         layout
         for layout, root in zip(layouts, roots, strict=True)
@@ -71,7 +73,6 @@ def slice_rule(
     ]
     if not used:
         return mode.derive(func, args, kwargs)
-    _check_layouts(name, [layout for layout in layouts if layout is not None])
     groups = used[0].groups
     leaves = [
         None if root is None else mode.dense_leaf(root, name, used[0], is_sliced=True).unbind(0)  # type: ignore[union-attr]
@@ -92,7 +93,22 @@ def slice_rule(
         for v, root, layout in zip(values, roots, layouts, strict=True)
         if isinstance(v, Tensor) and root is None and layout is None
     ]
-    outputs = [call(s) for s in present]
+    _check_layouts(name, [layout for layout in layouts if layout is not None])
+    try:
+        outputs = [call(s) for s in present]
+    except _FAILURES as error:
+        # A parameter repeated for every user, such as a learned first state, is cut with them.
+        repeated = [
+            mode.rows.find_exact(tuple(v.shape)) if root and not root.is_parameter else layout
+            for v, root, layout in zip(values, roots, layouts, strict=True)
+        ]
+        if repeated == layouts:
+            raise _unsliceable(mode, name, values, error) from error
+        layouts = repeated
+        try:
+            outputs = [call(s) for s in present]
+        except _FAILURES as again:
+            raise _unsliceable(mode, name, values, again) from again
     flats = [pytree.tree_flatten(output) for output in outputs]
     site = (name, tuple(r.sources for r in roots if r is not None), len(flats[0][0]))
     whole = None
@@ -119,12 +135,33 @@ def slice_rule(
     return pytree.tree_unflatten(joined, flats[0][1])
 
 
-def _layout_of(mode: Interception, value: Any, root: Root | None) -> RowLayout | None:
+_FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
+
+
+def _unsliceable(
+    mode: Interception, name: str, values: Sequence[Any], error: Exception
+) -> BoundaryError:
+    return BoundaryError(
+        f"{name}: has no boundary rule, and fails on the rows of one stratum alone ({error}), so "
+        "it computes across rows, as batch statistics do, or takes rows of another number than "
+        f"the batch's ({mode.rows.describe()}); it was called with {mode.describe(values)}; use "
+        "norms over features (LayerNorm, GroupNorm), keep one row a user or an event, mark work "
+        "that belongs to no user by `with opt.shared():`, or use "
+        'GradientAggregator(..., mode="exact")'
+    )
+
+
+def _layout_of(
+    mode: Interception, name: str, value: Any, root: Root | None, roots: Sequence[Root | None]
+) -> RowLayout | None:
     """Return the layout of rows, and of a parameter expanded over rows, such as a CLS token."""
-    if not isinstance(value, Tensor):
-        return None
+    if not isinstance(value, Tensor) or (root is None and isinstance(value, nn.Parameter)):
+        return None  # a frozen parameter may have any size
     if root is None:
-        return mode.find(tuple(value.shape), value, ())
+        sizes = tuple(value.shape)
+        if name.startswith("conv"):  # users first, by definition
+            sizes = (sizes[0], *[-1] * (len(sizes) - 1))
+        return mode.find(sizes, value, roots, name)
     if root.is_parameter:
         return None
     sizes = tuple(

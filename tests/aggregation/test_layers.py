@@ -266,8 +266,8 @@ def test_dropout_inside_a_sliced_function_still_trains() -> None:
 
 
 def test_which_layers_use_the_slice_rule() -> None:
-    """Attention goes through linear boundaries; recurrent and convolutional layers are sliced."""
-    for layer, sliced in (("MHA batch first", False), ("GRU batch first", True), ("conv1d", True)):
+    """Attention goes through linear boundaries; convolutions are sliced."""
+    for layer, sliced in (("MHA batch first", False), ("GRU batch first", False), ("conv1d", True)):
         torch.manual_seed(0)
         make, call = LAYERS[layer]
         model = Scored(make().double(), call)

@@ -79,12 +79,12 @@ def test_attribution_by_row_is_said_and_adds_up() -> None:
     by_loss = autograd_stratum_gradients(model.losses, IDS, parameters, S)
 
     def run(opt: GradientAggregator) -> None:
-        with opt.stratify(IDS, leaks="attribute-by-row"):
+        with opt.stratify(IDS):
             losses = model.losses()
         opt.backward(losses)
         assert opt.report.leak == "attributed-by-row"
 
-    by_row = stratum_gradients(parameters, S, run)
+    by_row = stratum_gradients(parameters, S, run, leaks="attribute-by-row")
     moved = 0.0
     for got, theirs in zip(by_row, by_loss, strict=True):
         torch.testing.assert_close(got.sum(0), theirs.sum(0), rtol=1e-10, atol=1e-12)

@@ -270,7 +270,7 @@ def test_misuse_of_several_optimizers() -> None:
     model = Sparse(bag=False)
     with pytest.raises(ConfigError, match="at least one"):
         GradientAggregator([])
-    with pytest.raises(ConfigError, match="belongs to two"):
+    with pytest.raises(ConfigError, match="share a parameter"):
         GradientAggregator([torch.optim.Adam(model.net.parameters())] * 2)
     with pytest.raises(ConfigError, match="got str"):
         GradientAggregator(["adam"])  # type: ignore[list-item]

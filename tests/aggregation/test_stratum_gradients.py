@@ -220,3 +220,22 @@ def test_linear_norm_and_embedding_on_any_batch(data: st.DataObject) -> None:
     assert strata.events is not None
     expanded = torch.rand(1, dtype=torch.float64).expand(3)  # a stride-0 gradient arrives
     assert_exact(model, lambda: model(values) @ expanded, strata, strata.events.ids)
+
+
+@pytest.mark.parametrize("op", ["linear", "no bias", "matmul"])
+def test_the_forward_is_bit_identical_for_strided_rows(op: str) -> None:
+    """torch takes another path for weights that require no gradient; the ops must not."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(9, 4, dtype=torch.float64))
+    bias = torch.nn.Parameter(torch.randn(9, dtype=torch.float64))
+    x = torch.randn(7, 5, 4, dtype=torch.float64).transpose(0, 1)
+
+    def forward() -> Tensor:
+        if op == "matmul":
+            return x @ weight.T
+        return torch.nn.functional.linear(x, weight, bias if op == "linear" else None)
+
+    plain = forward()
+    opt = GradientAggregator(torch.optim.SGD([weight, bias], lr=0.1), "agreement")
+    with opt.stratify(torch.tensor([2, 0, 1, 1, 0, 2, 2])):
+        assert torch.equal(forward(), plain)

@@ -139,8 +139,10 @@ def batch_free_gradients(cell: Cell) -> Gradients:
     if cell.batch_free is None:
         return {n: torch.zeros_like(p) for n, p in named.items()}
     trained = {n: p for n, p in named.items() if p.requires_grad}
-    parts = torch.autograd.grad(cell.batch_free(cell.model), list(trained.values()))
-    found = dict(zip(trained, parts, strict=True))
+    parts = torch.autograd.grad(
+        cell.batch_free(cell.model), list(trained.values()), allow_unused=True
+    )
+    found = {n: g for n, g in zip(trained, parts, strict=True) if g is not None}
     return {n: found.get(n, torch.zeros_like(p)) for n, p in named.items()}
 
 

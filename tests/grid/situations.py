@@ -188,10 +188,12 @@ def unused(layer: Layer, dtype: torch.dtype) -> Cell:
 
 
 def l2_of(model: nn.Module) -> Tensor:
-    """The L2 term over all parameters."""
+    """The L2 term, but for sparse tables: their optimizer takes no dense gradient."""
     total = next(model.parameters()).new_zeros(())
-    for p in model.parameters():
-        total = total + p.pow(2).sum()
+    for module in model.modules():
+        if not getattr(module, "sparse", False):
+            for p in module.parameters(recurse=False):
+                total = total + p.pow(2).sum()
     return LAMBDA * total
 
 

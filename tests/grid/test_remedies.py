@@ -106,12 +106,20 @@ def test_an_l2_term_on_a_scalar_loss_is_added_once() -> None:
 
 @pytest.mark.parametrize("rule", ["agreement", "backdoor"])
 def test_a_scalar_without_its_reduction_is_refused(rule: str) -> None:
+    """At once where gradients are intercepted; for constant rules, which are not, by the step."""
     model = network()
     opt = aggregator(model, rule)
-    with opt.stratify(IDS):
-        loss = losses_of(model).mean()
-    with pytest.raises(AggregationError, match="reduction="):
+
+    def step() -> None:
+        with opt.stratify(IDS):
+            loss = losses_of(model).mean()
         loss.backward()
+        opt.step()
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(AggregationError, match="reduction="):
+        step()
+    assert all(map(torch.equal, model.parameters(), before))
     opt.zero_grad()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def stratum_gradients(
     parameters: Sequence[Tensor],
     num_strata: int,
     run: Callable[[GradientAggregator], None],
-    strata: Sequence[int] | None = None,
+    **options: Any,
 ) -> list[Tensor]:
     """Return [S, *shape] a parameter: ``p.grad`` of ``run`` with each stratum counted alone.
 
@@ -26,14 +26,14 @@ def stratum_gradients(
         parameters: The parameters; dense gradients are returned for sparse ones too.
         num_strata: S.
         run: Runs one stratified forward and backward of the same batch.
-        strata: The strata to ask for; None = all. Others get zeros.
+        options: Further arguments of the aggregator.
     """
     found = [p.new_zeros((num_strata, *p.shape)) for p in parameters]
-    for s in range(num_strata) if strata is None else strata:
+    for s in range(num_strata):
         prior = [float(s == t) for t in range(num_strata)]
         opt = GradientAggregator(
             torch.optim.SGD(list(parameters), lr=0.1), Backdoor(prior), num_strata=num_strata,
-            report_every=1,
+            report_every=1, **options,
         )  # fmt: skip
         opt.zero_grad()
         run(opt)
