@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from pinet_fast.aggregation.composites import OPENED, opened
@@ -40,6 +40,9 @@ _ADDITIONS = frozenset(
      Tensor.__rsub__, Tensor.__iadd__, Tensor.__isub__, Tensor.add_, Tensor.sub_}
 )  # fmt: skip
 """Where a term without rows may join a loss whose rows are reduced already."""
+
+_ROWS_FIRST = frozenset({F.linear, F.layer_norm, F.embedding})
+"""Functions whose first argument alone can hold rows: their rules ask for its layout at once."""
 
 
 class Interception(TorchFunctionMode):
@@ -131,11 +134,19 @@ class Interception(TorchFunctionMode):
     def _boundary_or_derived(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if func in _ROWS_FIRST and args and id(args[0]) not in self._roots:
+            try:
+                self._refuse_transforms()
+                return self._rules[func](self, func, args, kwargs)
+            except PinetError as error:
+                described = self.describe(list(_tensors(args, kwargs)))
+                error.add_note(f"in {func_name(func)} with {described}")
+                raise
         tensors = list(_tensors(args, kwargs))
         try:
             self._refuse_transforms()
             # Bags: sizes of ids and offsets say nothing about rows, their rule knows better.
-            if func is not embedding_bag and not any(self._may_hold_rows(t) for t in tensors):
+            if func is not F.embedding_bag and not any(self._may_hold_rows(t) for t in tensors):
                 return self.derive(func, args, kwargs)
             rule = self._rules.get(func)
             if rule is not None:
@@ -192,7 +203,7 @@ class Interception(TorchFunctionMode):
                     has_rows = True
                 else:
                     return self._joined_term(func, args, kwargs)
-        if self.is_shared and func is torch.nn.functional.embedding and roots:
+        if self.is_shared and func is F.embedding and roots:
             is_sparse = args[6] if len(args) > 6 else kwargs.get("sparse", False)
             self.leaves.note_lookup(roots[0], is_sparse)
             # Pushed back S times, but never as [V, d].
@@ -283,7 +294,7 @@ class Interception(TorchFunctionMode):
         return not self.is_replaying and self._check.wants(site, self.leaves.num_strata)
 
     def _site(self, root: Root, op: str, layout: RowLayout, is_sliced: bool = False) -> Site:
-        key = (root.sources, op, layout.kind.split(" ")[0], layout.dim)
+        key = (root.sources, op, layout.kind, layout.dim)
         occurrence = self._occurrences[key] = self._occurrences.get(key, -1) + 1
         return Site(*key, occurrence, is_sliced)
 

@@ -103,14 +103,18 @@ class VirtualLeaves:
     Args:
         num_strata: S.
         on_gradient: Called with every gradient that reaches a leaf, where given.
+        watches_all: Whether all leaves are watched so, or the first alone, which a backward of the
+            losses reaches as a rule; a hook costs more than a leaf.
     """
 
     num_strata: int
     on_gradient: Callable[[Tensor], None] | None = None
+    watches_all: bool = True
     _dense: dict[int, tuple[Root, Tensor]] = field(default_factory=dict)
     _lookups: list[Lookup] = field(default_factory=list)
     _terms: list[Term] = field(default_factory=list)
     _is_sparse: dict[int, bool] = field(default_factory=dict)
+    _is_watched: bool = False
 
     def dense(self, root: Root) -> Tensor:
         """Return the virtual tensor [S, *shape] that receives stratum gradients of ``root``."""
@@ -166,7 +170,8 @@ class VirtualLeaves:
         return self._watched(tensor.expand(self.num_strata, *tensor.shape).requires_grad_())
 
     def _watched(self, leaf: Tensor) -> Tensor:
-        if self.on_gradient is not None:
+        if self.on_gradient is not None and (self.watches_all or not self._is_watched):
+            self._is_watched = True
             leaf.register_hook(self.on_gradient)  # type: ignore[no-untyped-call]
         return leaf
 

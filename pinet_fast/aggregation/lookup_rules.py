@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pinet_fast.aggregation.boundary import apply
 from pinet_fast.aggregation.boundary_rules import bind
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
 from pinet_fast.aggregation.lookups import StratifiedEmbedding, StratifiedEmbeddingBag
@@ -48,8 +49,8 @@ def _lookup(
     padding = None if padding_idx is None else padding_idx % table.shape[0]
     leaf = mode.lookup_leaf(root, "embedding", layout, is_sparse)
     strata = mode.rows.groups_of(layout, tuple(ids.shape)).ids
-    return StratifiedEmbedding.apply(  # type: ignore[no-untyped-call]
-        ids, table.detach(), leaf, padding, is_sparse, strata, layout, indexing
+    return apply(
+        StratifiedEmbedding, ids, table.detach(), leaf, padding, is_sparse, strata, layout, indexing
     )
 
 
@@ -112,9 +113,9 @@ def _embedding_bag(
     padding = None if padding_idx is None else padding_idx % table.shape[0]
     leaf = mode.lookup_leaf(root, "embedding_bag", layout, is_sparse)
     strata = mode.rows.groups_of(layout, (bounds.numel(),)).ids
-    return StratifiedEmbeddingBag.apply(  # type: ignore[no-untyped-call]
-        ids, offsets, bags, table.detach(), leaf, kind, weights, bool(with_last), padding,
-        is_sparse, strata, layout,
+    return apply(
+        StratifiedEmbeddingBag, ids, offsets, bags, table.detach(), leaf, kind, weights,
+        bool(with_last), padding, is_sparse, strata, layout,
     )  # fmt: skip
 
 

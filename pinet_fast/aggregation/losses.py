@@ -140,7 +140,7 @@ def _loss_rows(shape: tuple[int, ...], rows: BatchRows, what: str) -> tuple[RowG
             f"({rows.describe()}); use reduction='none' in the loss function, and pass lengths= "
             "to stratify for ragged batches"
         )
-    return rows.groups_of(layout, shape), layout.kind.split(" ", maxsplit=1)[0]
+    return rows.groups_of(layout, shape), layout.kind
 
 
 def _totals(groups: RowGroups, weights: Tensor | None) -> Tensor:

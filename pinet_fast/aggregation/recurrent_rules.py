@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pinet_fast.aggregation.boundary import apply
 from pinet_fast.aggregation.boundary_rules import bind
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
 from pinet_fast.aggregation.recurrent import Cell, StratifiedRecurrent
@@ -102,9 +103,9 @@ class _Layers:
         leaves = [self.mode.dense_leaf(root, self.cell, self.layout) for root in roots]
         groups = self.mode.rows.groups_of(self.layout, (rows.shape[0], rows.shape[1]))
         memory = self.states[1][index] if self.cell == "lstm" else None
-        result = StratifiedRecurrent.apply(  # type: ignore[no-untyped-call]
-            self.cell, self.call["train"], rows, self.states[0][index], memory, groups,
-            self.layout, tuple(params), *leaves,
+        result = apply(
+            StratifiedRecurrent, self.cell, self.call["train"], rows, self.states[0][index],
+            memory, groups, self.layout, tuple(params), *leaves,
         )  # fmt: skip
         out: Tensor = result[0] if self.cell == "lstm" else result
         self.last[0].append(out[-1])

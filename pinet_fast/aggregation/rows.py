@@ -49,6 +49,8 @@ class BatchRows:
         self._sizes: dict[int, tuple[str, RowGroups]] = {strata.num_users: ("users", strata.users)}
         if strata.events is not None and strata.num_events:
             self._sizes[strata.events.num_rows] = ("events", strata.events)
+        self._is_row_size: dict[int, bool] = {}
+        self._exact: dict[tuple[int, ...], RowLayout | None] = {}
         self._repeated: dict[tuple[int, int, int], RowGroups] = {}
 
     def find(self, shape: tuple[int, ...], tensor: Tensor | None = None) -> RowLayout | None:
@@ -88,11 +90,13 @@ class BatchRows:
 
     def find_exact(self, shape: tuple[int, ...]) -> RowLayout | None:
         """Return the layout where exactly one dimension has the batch's size, else None."""
-        matches = [dim for dim, size in enumerate(shape) if size in self._sizes]
-        if len(matches) != 1:
-            return None
-        kind, groups = self._sizes[shape[matches[0]]]
-        return RowLayout(matches[0], kind, groups)
+        if shape not in self._exact:
+            matches = [dim for dim, size in enumerate(shape) if size in self._sizes]
+            layout = None
+            if len(matches) == 1:
+                layout = RowLayout(matches[0], *self._sizes[shape[matches[0]]])
+            self._exact[shape] = layout
+        return self._exact[shape]
 
     def with_role(self, kind: str, dim: int, shape: tuple[int, ...]) -> RowLayout | None:
         """Return the layout of rows of a kind in a dimension, where ``shape`` allows it."""
@@ -147,9 +151,12 @@ class BatchRows:
 
     def is_row_size(self, size: int) -> bool:
         """Return whether a dimension of this size may hold rows, alone or flattened."""
-        return size in self._sizes or any(
-            unit > 0 and size > 0 and size % unit == 0 for unit in self._sizes
-        )
+        known = self._is_row_size.get(size)
+        if known is None:
+            known = self._is_row_size[size] = size in self._sizes or any(
+                unit > 0 and size > 0 and size % unit == 0 for unit in self._sizes
+            )
+        return known
 
     def describe(self) -> str:
         """Return the sizes that identify rows, for messages."""

@@ -93,7 +93,7 @@ class Session:
         if on_scalar is not None:
             self._watch(on_scalar)
         elif intercept:
-            self.leaves.on_gradient = self._guard
+            self.leaves.on_gradient, self.leaves.watches_all = self._guard, False
         if intercept:
             self.interception = Interception(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
