@@ -5,5 +5,6 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 
 from ._registry import backend_status, describe_status
 from .stratum_gram import stratum_gram
+from .stratum_solve import stratum_solve
 
-__all__ = ["backend_status", "describe_status", "stratum_gram"]
+__all__ = ["backend_status", "describe_status", "stratum_gram", "stratum_solve"]

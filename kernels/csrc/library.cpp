@@ -8,4 +8,7 @@
 
 STABLE_TORCH_LIBRARY(pinet_cpp, m) {
   m.def("stratum_gram(Tensor[] grads, Tensor(a!) out) -> ()");
+  m.def(
+      "stratum_solve(Tensor gram, int rule, int[] kept, float c, Tensor? keys, Tensor(a!) out)"
+      " -> ()");
 }

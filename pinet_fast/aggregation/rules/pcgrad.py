@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from pinet_fast.aggregation.rules.base import GramRule
+from pinet_fast.aggregation.rules.solved import SolvedRule
 from pinet_fast.errors import ConfigError
+from pinet_fast.kernels import stratum_solve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
-class PCGrad(GramRule):
+class PCGrad(SolvedRule):
     """Project every stratum gradient off the others it conflicts with, one after the other; mean.
 
     The paper takes the others in random order and sums; here the result is divided by K, so that
@@ -33,6 +37,7 @@ class PCGrad(GramRule):
     """
 
     claims = frozenset({"scale_invariant", "equivariant", "mean"})
+    solver = "pcgrad"
 
     def __init__(self, order: Literal["conflict", "random"] = "conflict", seed: int = 0) -> None:
         if order not in ("conflict", "random"):
@@ -43,34 +48,20 @@ class PCGrad(GramRule):
         if order == "random":
             self.claims = type(self).claims - {"equivariant"}
 
-    def weights(self, gram: Tensor) -> Tensor:
-        """Return the summed coefficients of the projected gradients, over K."""
-        num_strata = gram.shape[-1]
-        square = gram.diagonal(dim1=-2, dim2=-1)
-        tiny = torch.finfo(gram.dtype).tiny
-        inverse = torch.where(square > 0, 1 / square.clamp_min(tiny), 0.0)
-        order = self._order(gram, inverse.sqrt())
-        inverse = inverse.unsqueeze(-2).expand_as(gram)
-        # Row i holds the projected gradient of stratum i, as coefficients of the given ones.
-        rows = torch.eye(num_strata, dtype=gram.dtype, device=gram.device).expand_as(gram)
-        for turn in range(num_strata - 1):
-            other = order[..., turn : turn + 1]
-            conflict = (rows @ gram).gather(-1, other)
-            excess = conflict * inverse.gather(-1, other)
-            rows = rows.scatter_add(-1, other, -torch.where(conflict < 0, excess, conflict * 0))
-        return rows.mean(-2) + square * 0  # a NaN stays one
+    def stratum_weights(self, gram: Tensor, present: Sequence[bool]) -> Tensor:
+        """Return the weights of all S strata; random orders are drawn for the present ones."""
+        if self.order == "random":
+            return GramRule.stratum_weights(self, gram, present)
+        return super().stratum_weights(gram, present)
 
-    def _order(self, gram: Tensor, inverse_norm: Tensor) -> Tensor:
-        """Return int64 [..., K, K]: for every stratum the others in turn, itself last."""
-        num_strata = gram.shape[-1]
-        if self.order == "conflict":
-            key = gram * inverse_norm.unsqueeze(-1) * inverse_norm.unsqueeze(-2)
-        else:
+    def _solve(self, gram: Tensor, present: Sequence[bool] | None) -> Tensor:
+        keys = None
+        if self.order == "random":
             generator = torch.Generator().manual_seed((self.seed << 32) + self._num_steps)
-            key = torch.rand(num_strata, num_strata, generator=generator).to(gram.device)
-        itself = torch.eye(num_strata, dtype=torch.bool, device=gram.device)
-        order = key.masked_fill(itself, torch.inf).argsort(dim=-1, stable=True)
-        return order.expand(gram.shape)
+            num_strata = gram.shape[-1]
+            keys = torch.rand(num_strata, num_strata, generator=generator).double().to(gram.device)
+        weights: Tensor = stratum_solve(gram.double(), self.solver, present=present, keys=keys)
+        return weights
 
     def commit(self) -> None:
         """Draw other orders from now on."""
