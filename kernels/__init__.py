@@ -4,7 +4,14 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 """
 
 from ._registry import backend_status, describe_status
+from .stratum_combine import stratum_combine
 from .stratum_gram import stratum_gram
 from .stratum_solve import stratum_solve
 
-__all__ = ["backend_status", "describe_status", "stratum_gram", "stratum_solve"]
+__all__ = [
+    "backend_status",
+    "describe_status",
+    "stratum_combine",
+    "stratum_gram",
+    "stratum_solve",
+]

@@ -11,4 +11,7 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
   m.def(
       "stratum_solve(Tensor gram, int rule, int[] kept, float c, Tensor? keys, Tensor(a!) out)"
       " -> ()");
+  m.def(
+      "stratum_combine(Tensor[] grads, Tensor weights, Tensor? scale, Tensor(a!)[] outs,"
+      " int[] accumulate, Tensor[] rows, int[] row_of) -> ()");
 }

@@ -56,7 +56,7 @@ def _shorter_of_two(gram, square, m_s, eye):
 
 @triton.jit
 def _minimise(gram, square, m_s, eye, count, S: tl.constexpr, S_PAD: tl.constexpr):
-    """The interior-point method of _simplex.py; elimination without exchanges: positive definite."""
+    """The interior-point method of _simplex.py; elimination needs no exchanges: it is definite."""
     o_s = tl.arange(0, S_PAD)
     gram = gram / tl.maximum(tl.max(square, axis=0), 2.2250738585072014e-308)
     w = tl.where(m_s, 1.0 / count, 1.0)  # 1 where absent, so that nothing divides by zero
