@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE))  # for compile_gate
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +64,43 @@ def run_python(arguments, folder, env):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Return a function that runs a test file as a script in Triton's interpreter.
+
+    Triton decides when a kernel is decorated whether it is interpreted, so the variable must be set
+    before the import. The script prints the names of the checks that passed.
+    """
+
+    def run(path):
+        pytest.importorskip("triton", reason="triton is not installed")
+        path = Path(path).resolve()
+        env = {
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join([str(path.parent), str(HERE)]),
+        }
+        return run_python([str(path)], path.parent, env).split()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """Return a function that runs a test file as a script that compiles Triton kernels.
+
+    The script gets the path of cuobjdump and prints one JSON record per kernel; the function
+    returns them by their ``case``.
+    """
+
+    def run(path):
+        triton = pytest.importorskip("triton", reason="triton is not installed")
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        if not tool.exists():
+            pytest.skip("this triton has no cuobjdump")
+        path = Path(path).resolve()
+        printed = run_python([str(path), str(tool)], path.parent, {"PYTHONPATH": str(HERE)})
+        return {tuple(r["case"]): r for r in map(json.loads, printed.splitlines())}
+
+    return run

@@ -1,35 +1,18 @@
 """The Triton backend in Triton's interpreter, in a process of its own.
 
-Triton decides when a kernel is decorated whether it is interpreted, so the variable must be set
-before the import. Run as a script, this file is that process: it prints a line per check.
+Run as a script, this file is that process: it prints a line per check.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent
-
 
 @pytest.fixture(scope="module")
-def passed():
+def passed(interpreted):
     """Return the names of the checks that passed in the process with the interpreter."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).resolve())],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return done.stdout.split()
+    return interpreted(__file__)
 
 
 def check_agrees_with_the_oracle():
