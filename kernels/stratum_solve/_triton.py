@@ -10,7 +10,10 @@ import triton.language as tl
 
 from .._tl import padded
 
-_NUM_WARPS = 1  # a Gram is a handful of numbers: more warps would only wait for each other
+
+def num_warps(strata):
+    """Return one warp, whose threads need not wait for others, while a Gram fits its registers."""
+    return 1 if strata <= 16 else 4
 
 
 @triton.jit
@@ -143,5 +146,5 @@ def run(gram, rule, kept, out):
     mask = sum(1 << s for s in kept)
     options = launch_options(rule, gram.shape[1], rule == "mgda" and len(kept) == 2)
     _stratum_solve_kernel[(gram.shape[0],)](
-        out, gram, mask, len(kept), **options, num_warps=_NUM_WARPS
+        out, gram, mask, len(kept), **options, num_warps=num_warps(gram.shape[1])
     )

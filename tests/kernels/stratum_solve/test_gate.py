@@ -1,0 +1,57 @@
+"""Compiles the Triton kernel for a GPU that need not be there, and looks at the machine code.
+
+Run as a script, this file is the compiling process: it prints one JSON record per kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+CASES = [
+    *((90, rule, strata) for rule in ("agreement", "balanced", "mgda") for strata in (2, 8, 16)),
+    (90, "mgda", 32),
+    (80, "mgda", 8),
+    (100, "mgda", 8),
+]
+MAX_REGISTERS = 255  # one warp a block: registers do not limit anything but spilling
+MAX_SHARED_BYTES = 8192
+
+
+@pytest.fixture(scope="module")
+def records(compiled):
+    """Return what the compiler says about every case."""
+    return compiled(__file__)
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize(("arch", "rule", "strata"), CASES)
+def test_kernel_stays_within_its_budget(records, arch, rule, strata):
+    record = records[arch, rule, strata]
+    assert record["stack"] == 0
+    assert record["registers"] <= MAX_REGISTERS
+    assert record["shared"] <= MAX_SHARED_BYTES
+    assert record["atomics"] == []
+
+
+def main(tool):
+    from compile_gate import compile_kernel, describe
+
+    from pinet_fast.kernels.stratum_solve import _triton
+
+    for arch, rule, strata in CASES:
+        kernel = compile_kernel(
+            _triton._stratum_solve_kernel,
+            {"out_ptr": "*fp64", "gram_ptr": "*fp64"},
+            _triton.launch_options(rule, strata),
+            arch,
+            integers=("mask", "count"),
+            num_warps=_triton.num_warps(strata),
+        )
+        print(json.dumps(describe((arch, rule, strata), kernel, tool)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
