@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_MAX_TRITON_STRATA = 64
+_MAX_TRITON_STRATA = 16
 
 
 def stratum_combine(

@@ -23,9 +23,10 @@ struct Sum {
   std::vector<const void*> sources;
   std::vector<double> weights;
   void* out;
-  const int64_t* rows;  // null: all
+  bool has_rows;
+  const int64_t* rows;  // null also where there are rows, but none was touched
   int64_t num_touched;
-  int64_t num_rows;  // without `rows`: elements, each a row of one
+  int64_t num_rows;  // without rows: elements, each a row of one
   int64_t width;     // elements of a row
   bool accumulate;
   bool is_double;
@@ -80,7 +81,7 @@ template <class Isa, class T>
 PINET_INLINE void run_task(const Sum& sum, int64_t from, int64_t to) {
   T* out = static_cast<T*>(sum.out);
   const int64_t width = sum.width;
-  if (sum.rows == nullptr) {
+  if (!sum.has_rows) {
     write_span<Isa, T>(sum, from * width, (to - from) * width, out + from * width);
     return;
   }
@@ -219,6 +220,7 @@ void stratum_combine_cpu(std::vector<Tensor> grads, Tensor weights, std::optiona
     const int64_t columns = strata > 0 ? grad.numel() / strata : 0;
     Sum& sum = sums[p];
     sum.out = targets[p].mutable_data_ptr();
+    sum.has_rows = touched != nullptr;
     sum.rows = touched != nullptr ? touched->const_data_ptr<int64_t>() : nullptr;
     sum.num_touched = touched != nullptr ? touched->numel() : 0;
     sum.num_rows = touched != nullptr ? outs[p].size(0) : outs[p].numel();
