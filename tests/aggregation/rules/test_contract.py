@@ -257,3 +257,41 @@ class TestElementwise:
         with NoHostReads():
             rule.aggregate(gradients, touched, [True] * 5)
             rule.aggregate(gradients, None, [True] * 5)
+
+
+@pytest.mark.parametrize("rule", STATELESS, ids=repr)
+def test_absent_strata_are_not_read(rule: GramRule) -> None:
+    """What lies there may be anything; random orders are drawn for the present strata alone."""
+    gram, present = gram_of(torch.randn(5, 9)), [True, False, True, True, False]
+    kept = torch.tensor([0, 2, 3])
+    expected = rule.weights(gram[kept][:, kept])
+    gram[[1, 4]], gram[:, [1, 4]] = torch.nan, torch.inf
+    got = rule.stratum_weights(gram, present)
+    torch.testing.assert_close(got[kept], expected, rtol=1e-12, atol=1e-12)
+    assert got[[1, 4]].tolist() == [0, 0]
+
+
+def test_a_subclass_may_say_otherwise() -> None:
+    class Twice(rules.MGDA):
+        def weights(self, gram: Tensor) -> Tensor:
+            return 2 * super().weights(gram)
+
+    gram = gram_of(torch.randn(4, 9))
+    for present in ([True] * 4, [True, False, True, True]):
+        expected = 2 * rules.MGDA().stratum_weights(gram, present)
+        torch.testing.assert_close(Twice().stratum_weights(gram, present), expected)
+
+
+@pytest.mark.parametrize("rule", STATELESS, ids=repr)
+def test_one_call_of_the_op_gives_the_weights(rule: GramRule) -> None:
+    from pinet_fast.kernels import _registry
+
+    def calls() -> int:
+        return sum(
+            _registry.num_calls("stratum_solve", backend.name)
+            for backend in _registry.backends("stratum_solve")
+        )
+
+    before = calls()
+    rule.stratum_weights(gram_of(torch.randn(4, 9)), [True, False, True, True])
+    assert calls() == before + 1
