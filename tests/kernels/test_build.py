@@ -9,17 +9,25 @@ from pathlib import Path
 
 import pytest
 
+# A Gram, its weights, and the combination, on the backend that is asked for.
+EVERY_OP = """
+import torch, pinet_fast.kernels as k
+print(k.__file__)
+grads = [torch.tensor([[1., 2.], [2., 1.]])]
+gram = k.stratum_gram(grads, backend={backend!r})
+weights = k.stratum_solve(gram.sum(0), "mgda", backend={backend!r})
+out = torch.full((2,), torch.nan)
+k.stratum_combine(grads, weights, [out], backend={backend!r})
+print(gram.tolist(), weights.tolist(), out.tolist())
+"""
+RESULT = "[[[5.0, 4.0], [4.0, 5.0]]] [0.5, 0.5] [1.5, 1.5]"
+
 
 def test_bare_checkout_runs_on_the_reference_backend(bare_checkout, run_isolated):
-    code = (
-        "import torch, pinet_fast.kernels as k\n"
-        "print(k.__file__)\n"
-        "print(k.stratum_gram([torch.tensor([[1., 2.], [3., 4.]])]).tolist())\n"
-        "print(k.describe_status())"
-    )
+    code = EVERY_OP.format(backend=None) + "print(k.describe_status())"
     where, value, status = run_isolated(bare_checkout, code).splitlines()
     assert Path(where).parent == bare_checkout / "kernels"
-    assert value == "[[[5.0, 11.0], [11.0, 25.0]]]"
+    assert value == RESULT
     assert status.startswith("kernels: reference serves (cpp: no compiled library; install a C++")
 
 
@@ -79,7 +87,8 @@ def test_wheel_without_a_compiler_holds_the_kernels_and_no_library(sources, tmp_
     wheel, log = build_wheel(sources, env)
     names = wheel.namelist()
     assert "no C++ compiler was found" in log
-    assert "pinet_fast/kernels/stratum_gram/op.py" in names
+    for op in ("stratum_gram", "stratum_solve", "stratum_combine"):
+        assert f"pinet_fast/kernels/{op}/op.py" in names
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
     if has_compiler():  # installed later, and the build folder still there
         wheel, _ = build_wheel(sources, dict(os.environ))
@@ -96,11 +105,6 @@ def test_installed_wheel_serves_with_the_library(sources, tmp_path, run_isolated
     assert "pinet_fast/_C.so" in wheel.namelist()
     site = tmp_path / "site"
     wheel.extractall(site)
-    code = (
-        "import torch, pinet_fast.kernels as k\n"
-        "print(k.__file__)\n"
-        "print(k.stratum_gram([torch.tensor([[1., 2.], [3., 4.]])], backend='cpp').tolist())"
-    )
-    where, value = run_isolated(site, code).splitlines()
+    where, value = run_isolated(site, EVERY_OP.format(backend="cpp")).splitlines()
     assert Path(where).parent == site / "pinet_fast" / "kernels"
-    assert value == "[[[5.0, 11.0], [11.0, 25.0]]]"
+    assert value == RESULT
