@@ -35,7 +35,7 @@ class Spectrum(NamedTuple):
 def spectrum(matrix: Tensor) -> Spectrum:
     """Decompose symmetric matrices, [..., K, K].
 
-    One that is not finite is decomposed as the unit matrix: its weights are made NaN by the rule.
+    One that is not finite is decomposed as the unit matrix: its weights are made NaN afterwards.
     ``torch.linalg.eigh`` is exact and costs 20 us on the CPU; on CUDA it waits for the device once.
     """
     finite = matrix.isfinite().all(-1).all(-1)[..., None, None]
