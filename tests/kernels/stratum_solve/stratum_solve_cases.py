@@ -34,12 +34,13 @@ def assert_solves_alike(rule, gram, got, expected, c=0.5):
     assert got.isfinite().all()
     size = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-300)
     step, wanted = ((w.unsqueeze(-2) @ gram).squeeze(-2) for w in (got, expected))
-    if rule in ("agreement", "balanced", "pcgrad"):
+    if rule in ("agreement", "balanced"):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
-    elif rule in ("mgda", "cagrad"):
-        # Several weights may be nearly optimal: their steps' inner products tell them apart.
+    elif rule in ("mgda", "pcgrad", "cagrad"):
+        # Several weights may be nearly optimal, or project away what is nothing but rounding: their
+        # steps' inner products tell them apart.
         error = (step - wanted).abs().amax(-1) / size
-        assert (error <= (1e-8 if rule == "mgda" else 2e-5)).all(), error
+        assert (error <= (2e-5 if rule == "cagrad" else 1e-8)).all(), error
     else:
         # A pseudo-inverse: rounding times the condition, which the cut at 1e-12 bounds.
         scale = expected.abs().amax(-1, keepdim=True).clamp_min(1.0)
