@@ -275,8 +275,8 @@ def test_negatives_over_set_rejection(
     )
     bound = Negatives(1, exclude="history").bind(store, Split.leave_one_out())
     users = np.random.default_rng(0).permutation(store.num_users)[:1024]
-    begins = bound.history_offsets
-    sets = {u: set(bound.histories[begins[u] : begins[u + 1]].tolist()) for u in users.tolist()}
+    ends = Split.leave_one_out().train_ends(store)
+    sets = {u: set(store.items[store.offsets[u] : ends[u]].tolist()) for u in users.tolist()}
     offsets, firsts = np.arange(len(users) + 1) * 30, np.ones(len(users), np.int64)
     rng = np.random.default_rng(1)
 

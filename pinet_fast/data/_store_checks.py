@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pinet_fast.data.store import SequenceStore
 
-FORMAT = 2
+FORMAT = 3
 """Version of the layout; a store of another version is refused, and prepared again."""
 
 METADATA_KEY = b"pinet_fast.store"
@@ -27,10 +27,15 @@ METADATA_KEY = b"pinet_fast.store"
 # (schema metadata is copied at every open, twice), and any Arrow reader shows the original ids.
 _ID_TYPES = (pa.int64(), pa.large_string())
 _ITEMS_TYPES = tuple(pa.large_list(pa.dictionary(pa.int32(), kind)) for kind in _ID_TYPES)
+# The codes are plain integers here: a second dictionary would be a second copy of the ids.
+_HISTORY_TYPE = pa.large_list(pa.struct([("item", pa.int32()), ("first", pa.int32())]))
 _KEYS = frozenset({
     "fingerprint", "source", "simulated", "num_users", "num_items", "num_events",
     "min_user_events", "min_item_events", "rows_dropped", "crc32",
 })  # fmt: skip
+
+
+_ENTRIES_AT_ONCE = 1 << 22
 
 
 def damaged(path: Path, why: str) -> StoreError:
@@ -76,7 +81,8 @@ def about_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         version = about.get("format") if isinstance(about, dict) else None
         raise StoreError(
-            f"store {path}: expected format {FORMAT}, got {version}; prepare the log again"
+            f"store {path}: expected format {FORMAT}, got {version}, of another version of "
+            "pinet_fast; prepare the log again, which writes a new store beside it"
         )
     if missing := sorted(_KEYS - about.keys()):
         raise damaged(path, f"its metadata lacks {', '.join(missing)}")
@@ -89,6 +95,7 @@ def check_columns(path: Path, schema: pa.Schema, batch: pa.RecordBatch) -> None:
     times = types.pop("timestamps", None)
     known_times = (None, pa.large_list(pa.int64()), pa.large_list(pa.float64()))
     is_known = types.pop("user", None) in _ID_TYPES and types.pop("items", None) in _ITEMS_TYPES
+    is_known = types.pop("history", None) == _HISTORY_TYPE and is_known
     if types or not is_known or times not in known_times:
         found = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise _foreign(path, f"columns {found}")
@@ -98,7 +105,9 @@ def check_columns(path: Path, schema: pa.Schema, batch: pa.RecordBatch) -> None:
     except pa.ArrowException as error:
         raise damaged(path, " ".join(str(error).split())[:200]) from error
     items = batch.column("items")
+    histories = batch.column("history")
     parts = [batch.column("user"), items, items.values, items.values.dictionary]
+    parts += [histories, histories.values, *histories.values.flatten()]
     if times is not None:
         parts += [batch.column("timestamps"), batch.column("timestamps").values]
     if any(part.null_count for part in parts):
@@ -115,6 +124,8 @@ def check_counts(store: SequenceStore, about: dict[str, Any]) -> None:
         raise damaged(store.path, "its offsets do not increase")
     if store.timestamps is not None and len(store.timestamps) != store.num_events:
         raise damaged(store.path, "its timestamps do not match its events")
+    if bool((np.diff(store.histories.offsets) <= 0).any()):
+        raise damaged(store.path, "the offsets of its histories do not increase")
 
 
 def check_values(store: SequenceStore, about: dict[str, Any]) -> None:
@@ -132,6 +143,31 @@ def check_values(store: SequenceStore, about: dict[str, Any]) -> None:
     low, high = int(store.items.min()), int(store.items.max())
     if low < 1 or high > store.num_items:
         raise damaged(store.path, f"expected item codes 1..{store.num_items}, got {low}..{high}")
+    _check_histories(store)
     for name, ids, first in (("user", store.user_ids, 0), ("item", store.item_ids, 1)):
         if not ascend(ids[first:] if isinstance(ids, np.ndarray) else ids.after(first)):
             raise damaged(store.path, f"its {name} ids do not ascend")
+
+
+def _check_histories(store: SequenceStore) -> None:
+    items, firsts, offsets = store.histories.items, store.histories.firsts, store.histories.offsets
+    low, high = int(items.min()), int(items.max())
+    if low < 1 or high > store.num_items:
+        raise damaged(
+            store.path, f"expected item codes 1..{store.num_items} in histories, got {low}..{high}"
+        )
+    first = 0
+    while first < store.num_users:  # whole users, some million entries at a time
+        limit = offsets[first] + _ENTRIES_AT_ONCE
+        last = max(first + 1, int(np.searchsorted(offsets, limit, side="right")) - 1)
+        start, end = offsets[first], offsets[last]
+        users = np.repeat(np.arange(first, last), np.diff(offsets[first : last + 1]))
+        places, own = store.offsets[users] + firsts[start:end], items[start:end]
+        same_user = users[1:] == users[:-1]
+        ascends = own[1:] > own[:-1]
+        is_inside = (firsts[start:end] >= 0) & (places < store.offsets[users + 1])
+        if not (is_inside.all() and ascends[same_user].all()):
+            raise damaged(store.path, "its histories are not sorted lists of its users' events")
+        if not np.array_equal(store.items[places], own):
+            raise damaged(store.path, "its histories are not those of its events")
+        first = last

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pinet_fast._atomic import replacing
 from pinet_fast.data import _store_checks as layout
+from pinet_fast.data._histories import histories_of
 from pinet_fast.data._spool import Holes, IdSpool, Spool
 from pinet_fast.data.store import batch_of
 from pinet_fast.errors import StoreError
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pinet_fast.data._sorting import EventTable
+
+_SORTED = 0.8  # share of the filling after which the histories come
 
 
 class StoreSpools:
@@ -35,6 +38,9 @@ class StoreSpools:
         self.times = None if times is None else Spool(folder / "times", times.to_pandas_dtype())
         self.user_ids = IdSpool(folder, "user_ids", kinds["user"])
         self.item_ids = IdSpool(folder, "item_ids", kinds["item"])
+        self.history_offsets = Spool(folder / "history_offsets", np.int64)
+        self.history_items = Spool(folder / "history_items", np.int32)
+        self.history_firsts = Spool(folder / "history_firsts", np.int32)
 
     def fill(self, table: EventTable, events: int, report: Callable[[float, str], None]) -> None:
         """Stream what the table holds into the files; ``report`` gets shares of this work."""
@@ -55,7 +61,20 @@ class StoreSpools:
                 self.times.append(batch.column("time").to_numpy())
             share = self.items.size / events
             text = f"sorted {self.items.size:,} of {events:,} events"
-            report(share, text)
+            report(_SORTED * share, text)
+        self._fill_histories(report)
+
+    def _fill_histories(self, report: Callable[[float, str], None]) -> None:
+        items, offsets = self.items.mapped, self.offsets.mapped
+        self.history_offsets.append(np.zeros(1, np.int64))
+        users = 0
+        for lengths, found, places in histories_of(items, offsets):
+            self.history_offsets.append(self.history_items.size + np.cumsum(lengths))
+            self.history_items.append(found)
+            self.history_firsts.append(places)
+            users += len(lengths)
+            share = offsets[users] / len(items)
+            report(_SORTED + (1 - _SORTED) * share, f"sorted the histories of {users:,} users")
 
     def close(self) -> None:
         """Close the files."""
@@ -67,6 +86,8 @@ class StoreSpools:
         named = {"offsets": self.offsets, "items": self.items}
         if self.times is not None:
             named["timestamps"] = self.times
+        named["history_offsets"] = self.history_offsets
+        named |= {"history_items": self.history_items, "history_firsts": self.history_firsts}
         for name, ids in (("user_ids", self.user_ids), ("item_ids", self.item_ids)):
             named |= {f"{name}.{part}": spool for part, spool in enumerate(ids.spools)}
         return named
@@ -84,6 +105,9 @@ def write_store(target: Path, spools: StoreSpools, about: dict[str, Any]) -> Non
         timestamps=None if spools.times is None else spools.times.mapped,
         user_ids=spools.user_ids.array(),
         item_ids=spools.item_ids.array(),
+        history_offsets=spools.history_offsets.mapped,
+        history_items=spools.history_items.mapped,
+        history_firsts=spools.history_firsts.mapped,
     )
     schema = batch.schema.with_metadata({layout.METADATA_KEY: json.dumps(about).encode()})
     with replacing(target) as file:

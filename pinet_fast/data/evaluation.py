@@ -33,8 +33,9 @@ class EvaluationBatch:
     Attributes:
         batch: The last ``max_len`` events before the target; its targets and negatives are None.
         targets: The held-out items, int64 [B].
-        history: Every event before the target, for masking, int64 [H]. It may hold the target
-            itself, where a user comes back to an item: do not mask that one.
+        history: Items of all events before the target, ascending and each once, for masking,
+            int64 [H]; read from the store's sorted histories. It may hold the target itself, where
+            a user comes back to an item: do not mask that one.
         history_offsets: int64 [B + 1].
         users: Row numbers of the store, int64 [B].
         strata_ids: Strata of the users by their training events, int64 [B].
@@ -122,13 +123,13 @@ def _blocks(
         grouped = np.argsort(strata.ids[block], kind="stable")
         block, ends = block[grouped], positions[first : first + batch_size][grouped]
         starts = store.offsets[block]
-        history, history_offsets = _gathered(store, starts, ends)
+        history, history_offsets = store.histories.before(block, ends - starts)
         values, offsets = _gathered(store, np.maximum(starts, ends - max_len), ends)
         batch = ragged_batch(strata, block, values, offsets)
         yield EvaluationBatch(
             batch=batch,
             targets=torch.from_numpy(store.items[ends].astype(np.int64)),
-            history=torch.from_numpy(history),
+            history=torch.from_numpy(history.astype(np.int64)),
             history_offsets=torch.from_numpy(history_offsets),
             users=batch.users,
             strata_ids=batch.strata.ids,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pinet_fast.data import _store_checks as checks
+from pinet_fast.data._histories import Histories
 from pinet_fast.data.ids import Ids, StringIds, position_of
 from pinet_fast.errors import DataError
 
@@ -38,6 +39,8 @@ class SequenceStore:
         timestamps: int64 or float64 [E], or None where the order of the rows was the sequence.
         user_ids: Original user ids, ascending, [U]: an int64 array, or ``StringIds``.
         item_ids: Original item ids by code, ascending, [V + 1]; index 0 is padding (-1 or "").
+        histories: The distinct items of every user, sorted, and where each comes first; those of
+            all events, of which any split takes its part.
         min_user_events: Users with fewer events were dropped.
         min_item_events: Items with fewer events were dropped.
         rows_dropped: Events of the log that were dropped with them.
@@ -52,6 +55,7 @@ class SequenceStore:
     timestamps: npt.NDArray[np.int64] | npt.NDArray[np.float64] | None
     user_ids: Ids
     item_ids: Ids
+    histories: Histories
     min_user_events: int = 1
     min_item_events: int = 1
     rows_dropped: int = 0
@@ -159,6 +163,7 @@ class SequenceStore:
             timestamps=None if times is None else _view(times),
             user_ids=_ids_view(batch.column("user")),
             item_ids=_ids_view(items.values.dictionary),
+            histories=_histories_view(path, batch.column("history")),
             min_user_events=int(about["min_user_events"]),
             min_item_events=int(about["min_item_events"]),
             rows_dropped=int(about["rows_dropped"]),
@@ -215,7 +220,15 @@ class SequenceStore:
 
 
 def batch_of(
-    *, offsets: Array, items: Array, timestamps: Array | None, user_ids: Any, item_ids: Any
+    *,
+    offsets: Array,
+    items: Array,
+    timestamps: Array | None,
+    user_ids: Any,
+    item_ids: Any,
+    history_offsets: Array,
+    history_items: Array,
+    history_firsts: Array,
 ) -> pa.RecordBatch:
     """Return the record batch of a store, without its metadata; the arrays are not copied."""
     codes = pa.DictionaryArray.from_arrays(pa.array(items), _arrow(item_ids), safe=False)
@@ -224,6 +237,10 @@ def batch_of(
         "user": _arrow(user_ids),
         "items": pa.LargeListArray.from_arrays(starts, codes),
     }
+    entries = pa.StructArray.from_arrays(
+        [pa.array(history_items), pa.array(history_firsts)], names=["item", "first"]
+    )
+    columns["history"] = pa.LargeListArray.from_arrays(pa.array(history_offsets), entries)
     if timestamps is not None:
         columns["timestamps"] = pa.LargeListArray.from_arrays(starts, pa.array(timestamps))
     return pa.record_batch(columns)
@@ -234,6 +251,12 @@ def checked_arrays(store: SequenceStore) -> dict[str, Array]:
     arrays: dict[str, Array] = {"offsets": store.offsets, "items": store.items}
     if store.timestamps is not None:
         arrays["timestamps"] = store.timestamps
+    histories = store.histories
+    arrays |= {
+        "history_offsets": histories.offsets,
+        "history_items": histories.items,
+        "history_firsts": histories.firsts,
+    }
     for name, ids in (("user_ids", store.user_ids), ("item_ids", store.item_ids)):
         parts = ids.buffers() if isinstance(ids, StringIds) else [ids]
         arrays |= {f"{name}.{part}": array for part, array in enumerate(parts)}
@@ -253,6 +276,13 @@ def _arrow(ids: Any) -> pa.Array:
 
 def _view(array: pa.Array) -> Array:
     return cast("Array", array.to_numpy(zero_copy_only=True))
+
+
+def _histories_view(path: Path, lists: pa.Array) -> Histories:
+    offsets, entries = _view(lists.offsets), lists.values
+    if offsets[0] != 0 or offsets[-1] != len(entries):
+        raise checks.damaged(path, "the offsets of its histories do not span them")
+    return Histories(offsets, *(_view(entries.field(name)) for name in ("item", "first")))
 
 
 def _ids_view(array: pa.Array) -> Ids:

@@ -103,13 +103,4 @@ def top_share(counts: IntArray, share: float = HEAD_SHARE) -> float:
 
 def repeated_pairs(store: SequenceStore) -> int:
     """Return how many rows repeat an earlier (user, item) pair."""
-    repeats, first = 0, 0
-    while first < store.num_users:  # whole users, some million events at a time
-        limit = store.offsets[first] + _EVENTS_AT_ONCE
-        last = max(first + 1, int(np.searchsorted(store.offsets, limit, side="right")) - 1)
-        start, end = store.offsets[first], store.offsets[last]
-        users = np.repeat(np.arange(last - first), np.diff(store.offsets[first : last + 1]))
-        pairs = users * (store.num_items + 1) + store.items[start:end]
-        repeats += len(pairs) - len(np.unique(pairs))
-        first = last
-    return repeats
+    return store.num_events - len(store.histories.items)

@@ -169,16 +169,17 @@ def test_evaluation_reads_everything_before_each_target(timed_store, split):
         for batch in evaluation_batches(
             store, split=split, strata=strata, part=part, max_len=50, batch_size=4
         ):
-            ends = batch.history_offsets.tolist()
+            ends, windows = batch.history_offsets.tolist(), batch.batch.lengths.tolist()
             for b, (user, target) in enumerate(
                 zip(batch.users.tolist(), batch.targets.tolist(), strict=True)
             ):
                 history = batch.history[ends[b] : ends[b + 1]].tolist()
-                rows[user, len(history)] = (history, target)
+                rows[user, windows[b]] = (history, target)
         assert len(rows) == len(users) > 0
         for user, place in zip(users.tolist(), targets.tolist(), strict=True):
             first = store.offsets[user]
-            expected = (store.items[first:place].tolist(), store.items[place])
+            before = sorted(set(store.items[first:place].tolist()))
+            expected = (before, store.items[place])
             assert rows[user, place - first] == expected
 
 

@@ -84,8 +84,10 @@ def test_opening_copies_no_value_and_arrays_are_read_only(store):
     before = pa.total_allocated_bytes()
     opened = SequenceStore.open(path)
     assert pa.total_allocated_bytes() == before
-    for name in ("offsets", "items", "timestamps", "user_ids", "item_ids"):
-        array = getattr(opened, name)
+    names = ("offsets", "items", "timestamps", "user_ids", "item_ids")
+    arrays = [getattr(opened, name) for name in names]
+    arrays += [getattr(opened.histories, name) for name in ("offsets", "items", "firsts")]
+    for array in arrays:
         assert not array.flags.writeable
         assert not array.flags.owndata
     assert opened.items.dtype == np.int32
@@ -224,7 +226,11 @@ def write_ipc(path, batch, metadata, batches=1):
 def edited(store, path, batches=1, about=None, **arrays):
     """Write a store with some arrays or metadata replaced."""
     names = ("offsets", "items", "timestamps", "user_ids", "item_ids")
-    batch = batch_of(**{name: getattr(store, name) for name in names} | arrays)
+    parts = {name: getattr(store, name) for name in names}
+    parts |= {
+        f"history_{name}": getattr(store.histories, name) for name in ("offsets", "items", "firsts")
+    }
+    batch = batch_of(**parts | arrays)
     text = pa.ipc.open_file(store.path).schema.metadata[layout.METADATA_KEY]
     known = json.loads(text)
     for name, array in arrays.items():
@@ -242,17 +248,46 @@ def test_inconsistent_stores_are_refused(store, tmp_path):
     too_large[5] = 0
     refused(edited(store, path, offsets=swapped), "offsets do not increase")
     refused(
-        edited(store, path, offsets=store.offsets[:-1], user_ids=store.user_ids[:-1]),
+        edited(
+            store,
+            path,
+            offsets=store.offsets[:-1],
+            user_ids=store.user_ids[:-1],
+            history_offsets=store.histories.offsets[:-1],
+        ),
         "num_users = 40",
     )
     refused(edited(store, path, items=too_large), "expected item codes 1..")
     refused(edited(store, path, user_ids=store.user_ids[::-1].copy()), "user ids do not ascend")
     refused(edited(store, path, about={"crc32": 1}), "changed since it was written")
     refused(edited(store, path, about={"num_items": 3}), "expected num_items = 3")
-    refused(edited(store, path, about={"format": 99}), "expected format 2, got 99")
+    refused(edited(store, path, about={"format": 99}), "expected format 3, got 99")
     refused(edited(store, path, about={"source": "drop"}), "metadata lacks source")
     refused(edited(store, path, batches=2), "2 record batches")
+    lists = store.histories
+    for name, change, match in (
+        ("items", np.roll(lists.items, 1), "not sorted lists|not those of its events"),
+        ("items", lists.items + 100, "expected item codes 1..85 in histories"),
+        ("firsts", lists.firsts + 1, "not sorted lists|not those of its events"),
+        ("firsts", lists.firsts - 1, "not sorted lists"),
+        ("firsts", lists.firsts + 2**30, "not sorted lists"),
+    ):
+        refused(edited(store, path, **{f"history_{name}": change}), match)
+    swapped = lists.offsets.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    refused(edited(store, path, history_offsets=swapped), "of its histories do not increase")
     assert SequenceStore.open(edited(store, path)).num_events == store.num_events
+
+
+def test_store_of_an_older_version_is_refused_and_prepared_anew(log, store, tmp_path):
+    """Format 2 had no histories; a folder that holds such a store gets a new one beside it."""
+    batch = pa.ipc.open_file(store.path).get_batch(0).drop_columns(["history"])
+    about = {"format": 2, **dict.fromkeys(layout._KEYS, 1)}
+    old = write_ipc(tmp_path / "old.arrow", batch, {layout.METADATA_KEY: json.dumps(about)})
+    refused(old, r"expected format 3, got 2, of another version .* prepare the log again")
+    # Even under the name of the new one it is not taken for it.
+    old.replace(store.path)
+    assert prepare(log, store_dir=store.path.parent).num_events == 900
 
 
 def test_foreign_arrow_files_are_refused(tmp_path):
