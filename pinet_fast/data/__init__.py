@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pinet_fast.data.augment import Crop, Drop, Mask, Reorder
 from pinet_fast.data.batch import RaggedBatch
 from pinet_fast.data.evaluation import EvaluationBatch, evaluation_batches
 from pinet_fast.data.ids import StringIds
-from pinet_fast.data.loader import LoaderStats, RaggedLoader
+from pinet_fast.data.loader import RaggedLoader
+from pinet_fast.data.loader_stats import LoaderStats
 from pinet_fast.data.logs import EventLog, read_log
 from pinet_fast.data.negatives import BoundNegatives, FrozenNegatives, Negatives
 from pinet_fast.data.preparation import prepare
@@ -17,13 +19,17 @@ from pinet_fast.data.strata import Strata
 
 __all__ = [
     "BoundNegatives",
+    "Crop",
+    "Drop",
     "EvaluationBatch",
     "EventLog",
     "FrozenNegatives",
     "LoaderStats",
+    "Mask",
     "Negatives",
     "RaggedBatch",
     "RaggedLoader",
+    "Reorder",
     "SequenceStore",
     "Split",
     "Strata",

@@ -11,18 +11,21 @@ import torch
 
 from pinet_fast.data import _njit, _prefetch
 from pinet_fast.data._assemble import Assembly, spans_of
+from pinet_fast.data._augmenting import Augmenter, Sources
 from pinet_fast.data._blocks import Layout, Slot
+from pinet_fast.data.augment import check_augmentations
 from pinet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from pinet_fast.data.negatives import BoundNegatives
+    from pinet_fast.data.augment import Augmentation
+    from pinet_fast.data.bound_negatives import BoundNegatives
     from pinet_fast.data.splits import Split
     from pinet_fast.data.store import SequenceStore
     from pinet_fast.data.strata import Strata
 
-Crop = Literal["tail", "random_window", "prefix"]
+CropName = Literal["tail", "random_window", "prefix"]
 Targets = Literal["next", "last"]
 IntArray = npt.NDArray[np.int64]
 
@@ -40,12 +43,13 @@ class _Plan:
     positions: IntArray
     offsets: IntArray
     strata_ids: IntArray
+    sources: Sources | None = None  # of the events, where they are augmented
 
     @classmethod
     def empty(cls, users: IntArray) -> _Plan:
         num = len(users)
-        arrays = [np.empty(size, np.int64) for size in (num, num, num, num + 1, num)]
-        return cls(users, *arrays)
+        starts, ends, positions, ids = (np.empty(num, np.int64) for _ in range(4))
+        return cls(users, starts, ends, positions, np.empty(num + 1, np.int64), ids)
 
 
 class BatchBuilder:
@@ -57,6 +61,7 @@ class BatchBuilder:
         strata: Strata of the users.
         max_len: Events of a sequence at most.
         crop: Which events of a user; see ``RaggedLoader``.
+        augment: What is done to them.
         targets: What is to be predicted.
         negatives: What draws negatives, or None.
         stratum_weights: Weight of the users of every stratum, float64 [S], or None for 1.
@@ -70,15 +75,16 @@ class BatchBuilder:
         split: Split,
         strata: Strata,
         max_len: int,
-        crop: Crop,
+        crop: CropName,
+        augment: Augmentation | Sequence[Augmentation],
         targets: Targets | None,
         negatives: BoundNegatives | None,
         stratum_weights: npt.NDArray[np.float64] | None,
         seed: int,
     ) -> None:
-        if crop not in get_args(Crop):
+        if crop not in get_args(CropName):
             raise ConfigError(
-                f"crop: expected {', '.join(map(repr, get_args(Crop)))}, got {crop!r}"
+                f"crop: expected {', '.join(map(repr, get_args(CropName)))}, got {crop!r}"
             )
         if targets is not None and targets not in get_args(Targets):
             raise ConfigError(f"targets: expected 'next', 'last' or None, got {targets!r}")
@@ -100,6 +106,8 @@ class BatchBuilder:
         self._negatives = negatives
         self._weights = _weights(stratum_weights)
         self._seed = seed
+        chain = check_augmentations(augment, store.num_items, targets)
+        self._augmenter = Augmenter(chain, seed) if chain else None
 
     def build(
         self, epoch: int, step: int, users: IntArray, take: Callable[[int], Slot]
@@ -142,6 +150,11 @@ class BatchBuilder:
             self._spans, users, self._crop, self._window, self._shift, key,
             plan.starts, plan.ends, plan.positions, plan.offsets, plan.strata_ids,
         )  # fmt: skip
+        if self._augmenter is not None:
+            plan.sources = self._augmenter.sources(
+                epoch, users, plan.starts, plan.ends - self._shift, plan.positions
+            )
+            plan.offsets = plan.sources.offsets
         return plan
 
     def _assembly(self, plan: _Plan) -> Assembly:
@@ -172,6 +185,9 @@ class BatchBuilder:
 
     def _gather(self, plan: _Plan, parts: dict[str, npt.NDArray[np.int64]]) -> None:
         items, starts, ends, offsets = self._store.items, plan.starts, plan.ends, plan.offsets
+        if plan.sources is not None:
+            plan.sources.gather(items, parts["values"], parts.get("targets"))
+            return
         if self._targets == "next":
             _prefetch.gather_next(items, starts, ends, offsets, parts["values"], parts["targets"])
             return

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
 
-from pinet_fast import profiling
 from pinet_fast.data._assemble import check_max_len, check_strata
-from pinet_fast.data._blocks import Ring, Slot
+from pinet_fast.data._making import Made, Maker
 from pinet_fast.data._pipeline import Pipeline
-from pinet_fast.data._windows import BatchBuilder, fresh_slot
+from pinet_fast.data._windows import BatchBuilder
+from pinet_fast.data.loader_stats import LoaderStats
 from pinet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator, Iterator, Sequence
     from types import TracebackType
 
-    import numpy as np
-    import numpy.typing as npt
-    from torch import Tensor
-
-    from pinet_fast.data._assemble import Assembly
-    from pinet_fast.data._windows import Crop, Targets
+    from pinet_fast.data._blocks import Slot
+    from pinet_fast.data._windows import CropName, Targets
+    from pinet_fast.data.augment import Augmentation
     from pinet_fast.data.batch import RaggedBatch
     from pinet_fast.data.negatives import Negatives
     from pinet_fast.data.sampler import StratifiedBatchSampler
@@ -36,121 +33,6 @@ if TYPE_CHECKING:
 Lifetime = Literal["copy", "lease"]
 
 _MIN_TRAINABLE = 2
-
-
-@dataclass(frozen=True)
-class LoaderStats:
-    """What a loader did since it was made; rates are by the time spent iterating.
-
-    Attributes:
-        batches: Batches handed out.
-        users: Their users.
-        events: Their events.
-        num_bytes: Their bytes.
-        seconds: From asking for a batch to asking for the next, all added up.
-        wait_seconds: Part of it in which the caller waited for a batch.
-        ring_depth: Batches that lay ready when one was asked for, on average.
-    """
-
-    batches: int = 0
-    users: int = 0
-    events: int = 0
-    num_bytes: int = 0
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-    ring_depth: float = 0.0
-
-    @property
-    def wait_share(self) -> float:
-        """Return the share of the time in which the caller waited, 0..1."""
-        return self.wait_seconds / self.seconds if self.seconds else 0.0
-
-    @property
-    def users_per_second(self) -> float:
-        """Return users a second."""
-        return self.users / self.seconds if self.seconds else 0.0
-
-    @property
-    def events_per_second(self) -> float:
-        """Return events a second."""
-        return self.events / self.seconds if self.seconds else 0.0
-
-    @property
-    def bytes_per_second(self) -> float:
-        """Return bytes a second."""
-        return self.num_bytes / self.seconds if self.seconds else 0.0
-
-
-@dataclass(eq=False)
-class _Made:
-    """A batch that is built but not handed out.
-
-    Attributes:
-        assembly: What turns the block into a batch.
-        block: The block, on the device of the batch.
-        slot: The host memory, where it is lent by the ring.
-        is_leased: Whether the batch lies in the slot.
-        copied: What says that the copy to the device has ended, or None where there was none.
-    """
-
-    assembly: Assembly
-    block: Tensor
-    slot: Slot | None = None
-    is_leased: bool = False
-    copied: torch.cuda.Event | None = None
-
-    def hand_out(self, strata: Strata) -> RaggedBatch:
-        """Return the batch; the present stream will wait for the copy, the host does not."""
-        if self.copied is not None:
-            stream = torch.cuda.current_stream(self.block.device)
-            stream.wait_event(self.copied)
-            self.block.record_stream(stream)
-        return self.assembly.batch(strata, self.block)
-
-
-class _Maker:
-    """Builds batches and, with a CUDA device, begins their copy; threads share it."""
-
-    def __init__(
-        self, builder: BatchBuilder, device: torch.device | None, *, is_leased: bool
-    ) -> None:
-        self._builder = builder
-        self._device = None if device is None or device.type == "cpu" else device
-        self._is_cuda = self._device is not None and self._device.type == "cuda"
-        self._is_leased = is_leased and self._device is None
-        self._stream: torch.cuda.Stream | None = None  # made at the first copy
-        self._lock = threading.Lock()
-        self.ring = Ring(pinned=self._is_cuda)
-
-    def make(self, epoch: int, step: int, users: npt.NDArray[np.int64]) -> _Made:
-        """Build one batch."""
-        take = self.ring.take if self._is_leased or self._is_cuda else fresh_slot
-        with profiling.GATHER:
-            slot, assembly = self._builder.build(epoch, step, users, take)
-        block = slot.memory[: assembly.layout.num_words]
-        if self._is_cuda:
-            return self._copied(slot, block, assembly)
-        if self._device is not None:
-            return _Made(assembly, block.to(self._device))
-        return _Made(assembly, block, slot if self._is_leased else None, self._is_leased)
-
-    def discard(self, made: _Made) -> None:
-        """Take back what a batch that nobody gets was lent."""
-        if made.is_leased and made.slot is not None:
-            self.ring.put(made.slot)
-
-    def _copied(self, slot: Slot, block: Tensor, assembly: Assembly) -> _Made:
-        with self._lock:
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
-            moved = block.to(self._device, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(self._stream)
-        # Lent again at once: whoever takes it waits for the event first.
-        slot.copied = event
-        self.ring.put(slot)
-        return _Made(assembly, moved, copied=event)
 
 
 class RaggedLoader:
@@ -171,8 +53,13 @@ class RaggedLoader:
         crop: Which window of a user's training events: ``"tail"``, the last one;
             ``"random_window"``, one that begins anywhere; ``"prefix"``, the last one of the first
             m events, m drawn from all that leave a target. Drawn by (seed, epoch, user).
+        augment: ``Crop``, ``Mask``, ``Reorder``, ``Drop`` (``pinet_fast.data.augment``), or several
+            of them, applied to the window in that order. The target of an event stays the event
+            that came next in the log, and with ``"last"`` the target is what came after the latest
+            event shown. Windows that negatives exclude are those before it.
         negatives: Negatives, or None for none.
-        seed: Decides crops and negatives, together with the epoch; the order is the sampler's.
+        seed: Decides crops, augmentations and negatives, together with the epoch; the order is
+            the sampler's.
         threads: Threads that build batches ahead; they start at the first batch. 0 builds each
             batch when it is asked for, in 0.1-0.3 ms: on a CPU that the model keeps busy threads
             gained nothing. Take 1 where a device waits (``stats().wait_share``).
@@ -197,7 +84,8 @@ class RaggedLoader:
         strata: Strata,
         max_len: int,
         targets: Targets | None = "next",
-        crop: Crop = "tail",
+        crop: CropName = "tail",
+        augment: Augmentation | Sequence[Augmentation] = (),
         negatives: Negatives | None = None,
         seed: int = 0,
         threads: int = 0,
@@ -234,13 +122,14 @@ class RaggedLoader:
             strata=strata,
             max_len=max_len,
             crop=crop,
+            augment=augment,
             targets=targets,
             negatives=None if negatives is None else negatives.bind(store, split, seed=seed),
             stratum_weights=sampler.stratum_weights,
             seed=seed,
         )
-        self._maker = _Maker(builder, self.device, is_leased=lifetime == "lease")
-        self._pipeline: Pipeline[_Made] | None = None
+        self._maker = Maker(builder, self.device, is_leased=lifetime == "lease")
+        self._pipeline: Pipeline[Made] | None = None
         self._epoch = 0  # of the pipeline
         self._stats = LoaderStats()
 
@@ -279,12 +168,12 @@ class RaggedLoader:
                 self._maker.ring.put(leased)
             made_batches.close()
 
-    def _inline(self) -> Generator[tuple[_Made, int], None, None]:
+    def _inline(self) -> Generator[tuple[Made, int], None, None]:
         for users in self.sampler:
             # Until the next batch is asked for, the sampler is still in the epoch of this one.
             yield self._maker.make(self.sampler.epoch, self.sampler.step - 1, users), 0
 
-    def _threaded(self) -> Generator[tuple[_Made, int], None, None]:
+    def _threaded(self) -> Generator[tuple[Made, int], None, None]:
         sampler, pipeline = self.sampler, None
         try:
             while (step := sampler.step) < len(sampler):
@@ -301,16 +190,16 @@ class RaggedLoader:
             if pipeline is not None:
                 pipeline.close()
 
-    def _serves(self, pipeline: Pipeline[_Made], epoch: int, step: int) -> bool:
+    def _serves(self, pipeline: Pipeline[Made], epoch: int, step: int) -> bool:
         is_there = self._epoch == epoch and pipeline.position == step
         return is_there and pipeline is self._pipeline and pipeline.is_open
 
-    def _start(self, epoch: int, first: int) -> Pipeline[_Made]:
+    def _start(self, epoch: int, first: int) -> Pipeline[Made]:
         if self._pipeline is not None:
             self._pipeline.close()
         sampler, maker, planning = self.sampler, self._maker, threading.Lock()
 
-        def build(step: int) -> _Made:
+        def build(step: int) -> Made:
             with planning:
                 users = sampler.batch(epoch, step)
             return maker.make(epoch, step, users)
@@ -334,7 +223,7 @@ class RaggedLoader:
         else:  # a state never names the end of an epoch, where the sampler has to stay for now
             next(iter(sampler))
 
-    def _count(self, made: _Made, depth: int, waited: float) -> None:
+    def _count(self, made: Made, depth: int, waited: float) -> None:
         old = self._stats
         self._stats = replace(
             old,
