@@ -35,7 +35,8 @@ class SASRec(nn.Module):
         num_heads: Attention heads; must divide ``dim``.
         dropout: Dropout on embeddings, attention weights and residual branches.
         loss: ``"ce"``, softmax over the whole catalogue, or ``"bce"``, binary cross-entropy with
-            the batch's sampled negatives.
+            the batch's sampled negatives: those of every event, or those of a user or of the whole
+            batch with each of its events.
 
     Raises:
         ConfigError: Sizes or names out of range.
@@ -129,13 +130,32 @@ class SASRec(nn.Module):
         if batch.negatives is None:
             raise ConfigError('SASRec: loss="bce" needs batch.negatives; use negatives=Negatives()')
         # One lookup for the target and its negatives: [T, 1 + n].
-        candidates = torch.cat([batch.targets.unsqueeze(1), batch.negatives], dim=1)
+        negatives = _by_event(batch.negatives, batch)
+        candidates = torch.cat([batch.targets.unsqueeze(1), negatives], dim=1)
         logits = (self.items(candidates) * hidden.unsqueeze(1)).sum(-1)
         return F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Return the losses of a batch, one an event, [T]."""
         return self.event_losses(self.hidden(batch.values, batch.offsets), batch)
+
+
+def _by_event(negatives: Tensor, batch: RaggedBatch) -> Tensor:
+    """Return the negatives of every event, int64 [T, n], from [T, n], [B, n] or [n].
+
+    Ids are repeated, not embeddings: so every looked-up row is one of the batch's events, which is
+    what stratum gradients need.
+    """
+    if negatives.dim() == 1:
+        return negatives.expand(batch.num_events, -1)
+    if negatives.dim() == 2 and len(negatives) == batch.num_events:
+        return negatives
+    if negatives.dim() == 2 and len(negatives) == batch.num_users:
+        return repeat_rows(negatives, batch.lengths)
+    raise ConfigError(
+        f"SASRec: expected negatives per event [{batch.num_events}, n], user "
+        f"[{batch.num_users}, n] or batch [n], got shape {list(negatives.shape)}"
+    )
 
 
 class _Block(nn.Module):

@@ -100,6 +100,24 @@ def test_bce_is_the_stated_loss() -> None:
     torch.testing.assert_close(net(batch), expected)
 
 
+@pytest.mark.parametrize("lengths", [[4, 6, 1], [1, 1, 1]])
+def test_bce_takes_negatives_per_user_and_per_batch(lengths: list[int]) -> None:
+    """Those of a user go with each of its events, those of the batch with all of them."""
+    from dataclasses import replace
+
+    net = model("bce")
+    batch = ragged_batch([0, 0, 1], lengths, num_strata=2, num_items=30)
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((3, 4), (4,)):
+        drawn = torch.randint(1, 31, shape, generator=generator)
+        owner = [b for b, n in enumerate(lengths) for _ in range(n)]
+        rows = [drawn[b] if len(shape) == 2 else drawn for b in owner]
+        expected = net(replace(batch, negatives=torch.stack(rows)))
+        torch.testing.assert_close(net(replace(batch, negatives=drawn)), expected)
+    with pytest.raises(ConfigError, match=r"per event \[\d+, n\], user \[3, n\] or batch \[n\]"):
+        net(replace(batch, negatives=torch.ones(2, 4, dtype=torch.int64)))
+
+
 def test_ce_is_the_log_softmax_over_real_items() -> None:
     net = model()
     batch = ragged_batch([0, 1], [4, 6], num_strata=2, num_items=30)
