@@ -22,6 +22,7 @@ _FIELDS = frozenset(f.name for f in dataclasses.fields(RunConfig))
 _LOG = "Log"
 _METHOD = "Method"
 _BACKBONE = "Backbone"
+_BATCHES = "Batches"
 _HEADS = "Plugin heads"
 _RUN = "Run"
 
@@ -69,7 +70,7 @@ def train(
     ] = RunConfig.check,
     model: Annotated[str, _option("model", "sasrec.", _BACKBONE)] = RunConfig.model,
     loss: Annotated[
-        str, _option("loss", "ce (softmax over the catalogue) or bce (one negative).", _BACKBONE)
+        str, _option("loss", "ce (softmax over the catalogue) or bce (negatives).", _BACKBONE)
     ] = RunConfig.loss,
     epochs: Annotated[int, _option("epochs", "Most epochs.", _BACKBONE)] = RunConfig.epochs,
     patience: Annotated[
@@ -80,8 +81,38 @@ def train(
         int, _option("eval_every", "Epochs between evaluations.", _BACKBONE)
     ] = RunConfig.eval_every,
     batch_size: Annotated[
-        int, _option("batch_size", "Users a batch.", _BACKBONE)
+        int, _option("batch_size", "Users a batch.", _BATCHES)
     ] = RunConfig.batch_size,
+    max_events: Annotated[
+        int, _option("max_events", "Most events a batch, instead of --batch-size; 0 = off.",
+                     _BATCHES)
+    ] = RunConfig.max_events,
+    mix: Annotated[
+        str,
+        _option("mix", "Share of the strata in a batch: proportional, uniform, sqrt, 0.5,0.5 or "
+                "tail=0.5,head=0.5.", _BATCHES),
+    ] = RunConfig.mix,
+    weights: Annotated[
+        str,
+        _option("weights", "population (losses weigh as if users were drawn evenly) or none.",
+                _BATCHES),
+    ] = RunConfig.weights,
+    negatives: Annotated[
+        int, _option("negatives", "Negatives, with --loss bce.", _BATCHES)
+    ] = RunConfig.negatives,
+    negatives_per: Annotated[
+        str, _option("negatives_per", "Negatives are drawn per event, user or batch.", _BATCHES)
+    ] = RunConfig.negatives_per,
+    negatives_dist: Annotated[
+        str, _option("negatives_dist", "uniform or popularity.", _BATCHES)
+    ] = RunConfig.negatives_dist,
+    negatives_alpha: Annotated[
+        float, _option("negatives_alpha", "Exponent of the popularity.", _BATCHES)
+    ] = RunConfig.negatives_alpha,
+    negatives_exclude: Annotated[
+        str, _option("negatives_exclude", "Never an item of the user's training history, of the "
+                     "window, of the targets, or none.", _BATCHES)
+    ] = RunConfig.negatives_exclude,
     max_len: Annotated[
         int, _option("max_len", "Longest window of events.", _BACKBONE)
     ] = RunConfig.max_len,

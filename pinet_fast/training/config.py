@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pinet_fast.aggregation.rules import Backdoor, Rule, by_name
 from pinet_fast.aggregation.rules import names as rule_names
 from pinet_fast.errors import ConfigError
+from pinet_fast.training.mixes import mix_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 MODELS = ("sasrec",)
 LOSSES = ("ce", "bce")
 PRIORS = ("uniform", "users", "events")
+_NEGATIVES = {
+    "negatives_per": ("event", "user", "batch"),
+    "negatives_dist": ("uniform", "popularity"),
+    "negatives_exclude": ("history", "window", "targets", "none"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class RunConfig:
     Attributes:
         data: Path of the log, Parquet or CSV.
         model: The backbone; ``sasrec``.
-        loss: ``ce`` (softmax over the catalogue) or ``bce`` (one sampled negative an event).
+        loss: ``ce`` (softmax over the catalogue) or ``bce`` (sampled negatives).
         rule: How stratum gradients are aggregated: ``joint``, ``backdoor`` or ``agreement``.
         prior: P(z) of the backdoor rule: ``uniform``, ``users`` or ``events``.
         strata: How users are cut by activeness, such as ``head:0.2``.
@@ -39,7 +45,18 @@ class RunConfig:
             never.
         eval_every: Epochs between evaluations on the validation events.
         head_epochs: Epochs of stage 2.
-        batch_size: Users a batch.
+        batch_size: Users a batch; without effect where ``max_events`` is given.
+        max_events: Most events a batch; 0 = no limit but ``batch_size``.
+        mix: Share of every stratum in a batch: ``proportional``, ``uniform``, ``sqrt``, or shares
+            with the sum 1, ``0.5,0.5`` or by name or number, ``tail=0.5,head=0.5``.
+        weights: ``population``: losses weigh as if users were drawn evenly, whatever the mix;
+            ``none``: as they were drawn. Rules that look at single strata are the same with both.
+        negatives: Negatives of an event, user or batch, with ``--loss bce``.
+        negatives_per: ``event``, ``user`` or ``batch``.
+        negatives_dist: ``uniform`` or ``popularity``.
+        negatives_alpha: Exponent of the popularity.
+        negatives_exclude: What negatives never are: items of the user's training ``history``, of
+            the ``window`` shown, the ``targets``, or ``none``.
         max_len: Longest window of events.
         dim: d of the model.
         blocks: Transformer blocks.
@@ -69,6 +86,14 @@ class RunConfig:
     eval_every: int = 1
     head_epochs: int = 5
     batch_size: int = 128
+    max_events: int = 0
+    mix: str = "proportional"
+    weights: str = "population"
+    negatives: int = 1
+    negatives_per: str = "event"
+    negatives_dist: str = "uniform"
+    negatives_alpha: float = 1.0
+    negatives_exclude: str = "history"
     max_len: int = 50
     dim: int = 64
     blocks: int = 2
@@ -91,11 +116,14 @@ class RunConfig:
         _one_of("prior", self.prior, PRIORS)
         _one_of("order", self.order, ("auto", "timestamp", "rows"))
         _one_of("check", self.check, ("first", "always", "never"))
+        _one_of("weights", self.weights, ("population", "none"))
+        mix_of(self.mix)
+        self._check_negatives()
         for name in ("epochs", "eval_every", "batch_size", "max_len", "dim", "blocks"):
             _at_least(name, getattr(self, name), 1)
         for name in ("attention_heads", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("seed", "patience", "head_epochs", "threads"):
+        for name in ("seed", "patience", "head_epochs", "threads", "max_events"):
             _at_least(name, getattr(self, name), 0)
         for name in ("lr", "head_lr"):
             value = getattr(self, name)
@@ -110,6 +138,27 @@ class RunConfig:
         if self.prior != "uniform" and self.rule != "backdoor":
             raise ConfigError(
                 f"--prior {self.prior}: only --rule backdoor has a prior, the rule is {self.rule}"
+            )
+
+    def _check_negatives(self) -> None:
+        for name, known in _NEGATIVES.items():
+            _one_of(name, getattr(self, name), known)
+        _at_least("negatives", self.negatives, 1)
+        if not math.isfinite(self.negatives_alpha):
+            raise ConfigError(
+                f"--negatives-alpha: expected a finite number, got {self.negatives_alpha}"
+            )
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in ("negatives", *_NEGATIVES, "negatives_alpha"):
+            if self.loss != "bce" and getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"--{_option(name)} {getattr(self, name)}: only --loss bce draws negatives, "
+                    f"the loss is {self.loss}"
+                )
+        if self.negatives_dist == "uniform" and self.negatives_alpha != 1:
+            raise ConfigError(
+                f"--negatives-alpha {self.negatives_alpha}: only --negatives-dist popularity has "
+                "an exponent"
             )
 
     def make_rule(self) -> Rule:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,17 @@ import torch
 import pinet_fast
 from pinet_fast.aggregation import GradientAggregator
 from pinet_fast.data import (
-    Negatives,
     RaggedLoader,
-    SequenceStore,
-    Split,
-    Strata,
-    StratifiedBatchSampler,
     evaluation_batches,
-    prepare,
 )
 from pinet_fast.errors import CheckpointError, ConfigError, TrainingInterrupted
 from pinet_fast.heads import PluginHeads
 from pinet_fast.models import PINet, SASRec
+from pinet_fast.training.batches import negatives_of, sampler_of
 from pinet_fast.training.checkpoint import load_checkpoint, save_checkpoint, seed_everything
 from pinet_fast.training.config import RunConfig
 from pinet_fast.training.evaluate import Ranking, rank_targets
+from pinet_fast.training.inputs import Inputs, load_inputs
 from pinet_fast.training.interrupt import StopRequest
 from pinet_fast.training.metrics import by_stratum
 from pinet_fast.training.observer import Observer
@@ -37,43 +32,6 @@ from pinet_fast.training.run_folder import RunFolder, RunLog
 from pinet_fast.training.stages import HeadStage, Stage, epoch_scores
 
 _EVALUATION_USERS = 512  # a block of scores is [users, V + 1]: 25 MB at V = 12,000
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The log as a run uses it."""
-
-    store: SequenceStore
-    split: Split
-    strata: Strata
-
-
-def load_inputs(config: RunConfig, observer: Observer) -> Inputs:
-    """Prepare the store (once a log) and cut the strata.
-
-    Raises:
-        DataError: The log cannot be used.
-        StrataError: The strata cannot be cut as asked.
-    """
-    store = prepare(
-        config.data,
-        user=config.user_col,
-        item=config.item_col,
-        timestamp=config.time_col,
-        order=config.order,  # type: ignore[arg-type] # checked by RunConfig
-    )
-    split = Split.leave_one_out()
-    strata = Strata.by_activeness(store, split=split, edges=config.strata)
-    observer.note(
-        f"{store.source}: {store.num_users:,} users, {store.num_items:,} items, "
-        f"{store.num_events:,} events" + (" - SIMULATED" if store.simulated else "")
-    )
-    for stratum in strata_facts(strata):
-        observer.note(
-            f"stratum {stratum['id']} ({stratum['name']}): {stratum['users']:,} users with "
-            f"{stratum['min_activeness']} to {stratum['max_activeness']} training events"
-        )
-    return Inputs(store, split, strata)
 
 
 def train(
@@ -157,6 +115,7 @@ class Recipe:
             loader=self._loader(config.seed),
             epochs=config.epochs,
             patience=config.patience,
+            is_weighted=config.weights == "population",
         )
         self.pinet: PINet | None = None
         self.stage2: HeadStage | None = None
@@ -164,15 +123,14 @@ class Recipe:
 
     def _loader(self, seed: int) -> RaggedLoader:
         config, inputs = self.config, self.inputs
-        sampler = StratifiedBatchSampler(inputs.strata, batch_size=config.batch_size, seed=seed)
         return RaggedLoader(
             inputs.store,
-            sampler,
+            sampler_of(config, inputs.strata, seed),
             split=inputs.split,
             strata=inputs.strata,
             max_len=config.max_len,
             targets="next",
-            negatives=Negatives(1, exclude="history") if config.loss == "bce" else None,
+            negatives=negatives_of(config),
             seed=seed,
         )
 
@@ -190,6 +148,7 @@ class Recipe:
             optimizer=optimizer,
             loader=self._loader(config.seed + 1),
             epochs=config.head_epochs,
+            is_weighted=config.weights == "population",
         )
         return self.stage2
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.training.metrics import mean_metric
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Stage:
         loader: The batches.
         epochs: Most epochs.
         patience: Evaluations without improvement that end the stage; 0 = never.
+        is_weighted: Whether losses weigh by ``batch.weights``, where the batch has any.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Stage:
         loader: RaggedLoader,
         epochs: int,
         patience: int = 0,
+        is_weighted: bool = True,
     ) -> None:
         self.name = name
         self.module = module
@@ -56,6 +59,7 @@ class Stage:
         self.loader = loader
         self.epochs = epochs
         self.patience = patience
+        self.is_weighted = is_weighted
         self.epoch = 0  # epochs completed
         self.step = 0
         self.seconds = 0.0
@@ -78,7 +82,7 @@ class Stage:
         self.optimizer.zero_grad()
         with self.optimizer.stratify(batch.strata):
             losses = self.module(batch)
-        self.optimizer.backward(losses)
+        self.optimizer.backward(losses, self._row_weights(batch))
         self.optimizer.step()
         loss_sum = float(losses.detach().sum())
         self.step += 1
@@ -86,6 +90,12 @@ class Stage:
         self.loss_events += losses.numel()
         self.events += losses.numel()
         return loss_sum / int(losses.numel())
+
+    def _row_weights(self, batch: RaggedBatch) -> Tensor | None:
+        """Return the weight of every event, that of its user, or None where all are 1."""
+        if batch.weights is None or not self.is_weighted:
+            return None
+        return repeat_rows(batch.weights, batch.lengths)
 
     def scores(self, ranking: Ranking) -> list[float]:
         """Return what decides which epoch is kept, one number a separately kept part."""

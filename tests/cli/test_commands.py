@@ -63,6 +63,27 @@ def test_train_and_compare(log: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)
 
 
+def test_train_with_a_mix_and_negatives(
+    log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = ["--loss", "bce", "--negatives", 3, "--negatives-per", "user", "--negatives-dist",
+               "popularity", "--negatives-alpha", 0.75, "--negatives-exclude", "window",
+               "--mix", "tail=0.4,head=0.6", "--max-events", 200, "--weights", "none"]  # fmt: skip
+    assert run("train", "--data", log, "--out", out, *QUICK, *options, "--quiet") == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["mix"], config["max_events"], config["weights"]) == (
+        "tail=0.4,head=0.6", 200, "none",
+    )  # fmt: skip
+    assert (config["negatives"], config["negatives_per"]) == (3, "user")
+    assert run("train", "--out", out, "--resume", "--mix", "uniform") == 2
+    assert "a resumed run keeps its options" in capsys.readouterr().err
+    assert run("train", "--data", log, "--out", tmp_path / "no", "--mix", "0.5,0.6") == 2
+    shown = capsys.readouterr().err
+    assert "sum 1" in shown
+    assert not (tmp_path / "no").exists()
+
+
 def test_json_is_all_there_is_on_stdout(
     log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

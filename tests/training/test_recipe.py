@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from support.runs import StopAt, assert_same_run, log_of, weights_of
 
 from pinet_fast.data import Split, Strata, evaluation_batches, prepare, simulate_log
 from pinet_fast.errors import (
@@ -20,51 +19,12 @@ from pinet_fast.errors import (
     StrataError,
     TrainingInterrupted,
 )
-from pinet_fast.training import Observer, RunConfig, train
-from pinet_fast.training.checkpoint import load_checkpoint
+from pinet_fast.training import RunConfig, train
 from pinet_fast.training.evaluate import target_ranks
 from pinet_fast.training.metrics import summarise
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    state = load_checkpoint(run / "checkpoint.pt")
-    parts = {f"backbone.{k}": v for k, v in state["backbone"]["trained"].items()}
-    if state["heads"] is not None:
-        parts |= {f"heads.{k}": v for k, v in state["heads"]["trained"].items()}
-    return parts
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    """Return the log without what measures time."""
-    timed = ("seconds", "events_per_second")
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    first, second = weights_of(a), weights_of(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    assert log_of(a) == log_of(b)
-    ranks = [np.load(run / "test_ranks.npz") for run in (a, b)]
-    for name in ranks[0].files:
-        assert np.array_equal(ranks[0][name], ranks[1][name]), name
-
-
-class StopAt(Observer):
-    """Sends this process the signal of Ctrl-C at a given step."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def step_done(self, loss: float) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_two_runs_with_one_seed_are_bit_identical(config: RunConfig, tmp_path: Path) -> None:
@@ -239,6 +199,20 @@ class TestBadInput:
             ({"dim": 9, "attention_heads": 2}, "does not divide"),
             ({"prior": "users"}, "only --rule backdoor has a prior"),
             ({"seed": -1}, "--seed"),
+            ({"max_events": -1}, "--max-events: expected a number >= 0"),
+            ({"mix": "uniformly"}, "--mix: expected proportional, uniform, sqrt"),
+            ({"mix": "tail=0.5,0.5"}, "--mix: expected"),
+            ({"mix": "tail=0.5,tail=0.5"}, "given twice"),
+            ({"weights": "users"}, "--weights: expected one of population, none"),
+            ({"negatives": 3}, "only --loss bce draws negatives"),
+            ({"negatives_exclude": "none"}, "only --loss bce draws negatives"),
+            ({"loss": "bce", "negatives": 0}, "--negatives: expected a number >= 1"),
+            ({"loss": "bce", "negatives_per": "row"}, "--negatives-per: expected one of event"),
+            ({"loss": "bce", "negatives_alpha": 0.5}, "--negatives-dist popularity"),
+            (
+                {"loss": "bce", "negatives_dist": "popularity", "negatives_alpha": float("inf")},
+                "--negatives-alpha: expected a finite",
+            ),
         ],
     )
     def test_bad_options(self, config: RunConfig, change: dict[str, Any], match: str) -> None:
