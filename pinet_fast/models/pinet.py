@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -37,7 +38,11 @@ class PINet(nn.Module):
         backbone: The trained backbone. It is frozen here: in evaluation mode, without gradients.
         heads: One head a stratum.
         edges: Lower activeness bounds of strata 1 to S - 1, ascending; kept in the state dict, so
-            that a loaded model routes users as in training.
+            that a loaded model routes users as in training. None, or empty, for strata from
+            labels: ``route`` then refuses, and users come with their stratum.
+
+    Raises:
+        StrataError: Another number of edges, or edges that do not ascend.
 
     Source:
         arXiv 2208.09130.
@@ -45,16 +50,21 @@ class PINet(nn.Module):
 
     edges: Tensor
 
-    def __init__(self, backbone: nn.Module, heads: PluginHeads, edges: Sequence[int]) -> None:
+    def __init__(
+        self, backbone: nn.Module, heads: PluginHeads, edges: Sequence[int] | None
+    ) -> None:
         super().__init__()
-        if len(edges) != heads.num_strata - 1:
+        edges = [] if edges is None else list(edges)
+        if edges and len(edges) != heads.num_strata - 1:
             raise StrataError(
                 f"PINet: {heads.num_strata} heads need {heads.num_strata - 1} edges, got "
-                f"{len(edges)}"
+                f"{len(edges)}; give those of the strata, or None for strata from labels"
             )
+        if any(low >= high for low, high in itertools.pairwise(edges)):
+            raise StrataError(f"PINet: expected ascending edges, got {edges}; sort them")
         self.backbone = backbone
         self.heads = heads
-        self.register_buffer("edges", torch.tensor(list(edges), dtype=torch.int64))
+        self.register_buffer("edges", torch.tensor(edges, dtype=torch.int64))
         backbone.requires_grad_(False)
         self.train(self.training)
 
@@ -65,7 +75,20 @@ class PINet(nn.Module):
         return self
 
     def route(self, activeness: Tensor) -> Tensor:
-        """Return the stratum of users by their number of training events, int64 [B]."""
+        """Return the stratum of users by their number of training events, int64 [B].
+
+        Args:
+            activeness: Numbers of training events, integers [B].
+
+        Raises:
+            StrataError: The strata are those of labels, which activeness does not tell.
+        """
+        if len(self.edges) == 0 and self.heads.num_strata > 1:
+            raise StrataError(
+                f"PINet: the {self.heads.num_strata} strata are made from labels, so activeness "
+                "does not tell the stratum of a user; look the label up and pass the strata of the "
+                "batch yourself (StrataIndex(ids, num_strata))"
+            )
         return torch.searchsorted(self.edges, activeness, right=True)
 
     def hidden(self, batch: RaggedBatch) -> Tensor:

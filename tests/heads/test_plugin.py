@@ -93,3 +93,19 @@ class TestPINet:
     def test_edges_must_match_the_heads(self) -> None:
         with pytest.raises(StrataError, match="3 heads need 2 edges, got 1"):
             PINet(SASRec(5, dim=8), PluginHeads(3, 8), edges=[1])
+
+    def test_edges_must_ascend(self) -> None:
+        with pytest.raises(StrataError, match="ascending edges"):
+            PINet(SASRec(5, dim=8), PluginHeads(3, 8), edges=[4, 4])
+
+    @pytest.mark.parametrize("edges", [None, []])
+    def test_strata_from_labels_train_but_do_not_route(self, edges: list[int] | None) -> None:
+        net = PINet(SASRec(20, max_len=8, dim=8), PluginHeads(3, 8), edges)
+        batch = ragged_batch([0, 1, 2], [3, 5, 8], num_strata=3, num_items=20)
+        net.train()
+        net(batch).sum().backward()
+        assert net.heads.up_weight.grad is not None
+        with pytest.raises(StrataError, match="made from labels"):
+            net.route(torch.tensor([3]))
+        other = PINet(SASRec(20, max_len=8, dim=8), PluginHeads(3, 8), edges)
+        other.load_state_dict(net.state_dict())
