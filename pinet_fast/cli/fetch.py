@@ -14,6 +14,12 @@ from pinet_fast.cli.console import Output, output
 from pinet_fast.data.datasets import DATASETS
 from pinet_fast.data.datasets import fetch as download
 
+_CHECKSUMS = {
+    "pinned": "the pinned one",
+    "recorded": "not pinned; the same as at the first download",
+    "first": "not pinned: trusted on first use, and recorded beside the download to compare later",
+}
+
 
 def fetch(
     name: Annotated[
@@ -54,14 +60,14 @@ def fetch(
             "download": str(found.download),
             "sha256": found.sha256,
             "pinned": found.pinned,
+            "checksum": found.known,
             "licence": licence,
         }
         shown.print_json(json.dumps(about))
         return
-    known = "as known" if found.pinned else "not pinned: no known one to compare it with"
     for line in (
         f"licence: {licence}",
-        f"sha256: {found.sha256} ({known})",
+        f"sha256: {found.sha256} ({_CHECKSUMS[found.known]})",
         f"log: {found.log}",
         f"next: pinet-fast inspect {found.log}",
     ):
@@ -81,8 +87,12 @@ def _list(shown: Output, as_json: bool) -> None:
     table.add_column("checksum", no_wrap=True)
     table.add_column("from", overflow="fold")
     for name, d in DATASETS.items():
-        table.add_row(name, "pinned" if d.sha256 else "not pinned", d.url)
+        table.add_row(name, "pinned" if d.sha256 else "first use", d.url)
     shown.out.print(table)
+    shown.out.print(
+        "checksum: pinned, or, at first use, that of the first download is recorded beside it and "
+        "later downloads must have it too", style="dim", highlight=False,
+    )  # fmt: skip
     for licence in dict.fromkeys(d.licence for d in DATASETS.values()):
         names = ", ".join(name for name, d in DATASETS.items() if d.licence == licence)
         shown.out.print(f"{names}: {licence}", highlight=False, markup=False)

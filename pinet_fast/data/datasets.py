@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 import pyarrow.csv
@@ -43,7 +43,8 @@ class Dataset:
 
     Attributes:
         url: Where it is.
-        sha256: Of the download; None where none is known that could be trusted.
+        sha256: Of the download; None where none is known that could be trusted. Then that of the
+            first download is recorded beside it, and later ones must have it too.
         licence: What whoever downloads it agrees to.
         columns: Columns of its text file, in order.
         delimiter: Between them.
@@ -90,13 +91,19 @@ class Fetched:
         log: The Parquet log, ready for ``prepare``.
         download: The file as it came.
         sha256: Its checksum.
-        pinned: Whether that was compared with a known one.
+        known: What it was compared with: ``"pinned"``, the one in ``DATASETS``; ``"recorded"``, the
+            one of the first download; ``"first"``, nothing: it was recorded now.
     """
 
     log: Path
     download: Path
     sha256: str
-    pinned: bool
+    known: Literal["pinned", "recorded", "first"]
+
+    @property
+    def pinned(self) -> bool:
+        """Return whether it is the checksum in ``DATASETS``."""
+        return self.known == "pinned"
 
 
 def fetch(
@@ -109,7 +116,8 @@ def fetch(
     """Download a public log and write it as Parquet.
 
     A download that breaks off is kept as ``.part`` and goes on at the next call. One that is
-    there, and whole, is not downloaded again.
+    there, and whole, is not downloaded again. Where no checksum is pinned, the first download is
+    trusted: its checksum is written beside it as ``.sha256``, and another content is refused later.
 
     Args:
         name: A key of ``DATASETS``.
@@ -137,15 +145,21 @@ def fetch(
     log = folder / f"{name}.parquet"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not download.is_file():
+        record = download.with_name(download.name + ".sha256")
+        expected = wanted.sha256 or _recorded(record)
+        is_new = not download.is_file()
+        if is_new:
             part = download.with_name(download.name + ".part")
             _download(name, wanted.url, part, report)
-            _checked(name, wanted, part)
+            _checked(name, wanted, part, record, expected)
             part.replace(download)
-        digest = _checked(name, wanted, download)
-        if not log.is_file():
+        digest = _checked(name, wanted, download, record, expected)
+        if is_new or not log.is_file():
             report(1.0, "writing the log")
             _convert(wanted, download, log)
+        if expected is None:
+            with replacing(record) as file:  # in the format of sha256sum
+                file.write(f"{digest}  {download.name}\n".encode())
     except (zipfile.BadZipFile, KeyError, pa.ArrowException) as error:
         download.unlink(missing_ok=True)
         raise DataError(
@@ -157,7 +171,9 @@ def fetch(
             f"fetch {name}: cannot write to {folder} ({error.strerror or error}); choose another "
             "folder with --dir"
         ) from error
-    return Fetched(log, download, digest, wanted.sha256 is not None)
+    if wanted.sha256 is not None:
+        return Fetched(log, download, digest, "pinned")
+    return Fetched(log, download, digest, "first" if expected is None else "recorded")
 
 
 def _download(name: str, url: str, part: Path, report: Callable[[float, str], None]) -> None:
@@ -210,16 +226,29 @@ def _broken(name: str, url: str, part: Path, why: str) -> DataError:
     )
 
 
-def _checked(name: str, wanted: Dataset, path: Path) -> str:
+def _recorded(record: Path) -> str | None:
+    if not record.is_file():
+        return None
+    words = record.read_text(errors="replace").split()
+    return words[0] if words else ""
+
+
+def _checked(name: str, wanted: Dataset, path: Path, record: Path, expected: str | None) -> str:
     with path.open("rb") as file:
         got = hashlib.file_digest(file, "sha256").hexdigest()
-    if wanted.sha256 is not None and got != wanted.sha256:
-        path.unlink()
+    if expected is None or got == expected:
+        return got
+    path.unlink()
+    if wanted.sha256 is not None:
         raise DataError(
-            f"fetch {name}: expected sha256 {wanted.sha256}, got {got} from {wanted.url}; the file "
+            f"fetch {name}: expected sha256 {expected}, got {got} from {wanted.url}; the file "
             "was deleted: fetch it again"
         )
-    return got
+    raise DataError(
+        f"fetch {name}: expected sha256 {expected}, that of the first download, got {got} from "
+        f"{wanted.url}; the file was deleted: fetch it again, or delete {record} to trust the "
+        "new content"
+    )
 
 
 def _convert(wanted: Dataset, download: Path, log: Path) -> None:

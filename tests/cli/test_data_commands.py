@@ -163,7 +163,7 @@ def test_fetch_lists_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("fetch") == 0
-    assert "not pinned" in capsys.readouterr().out
+    assert "first use" in capsys.readouterr().out
     assert run("fetch", "--json") == 0
     assert set(json.loads(capsys.readouterr().out)) == set(datasets.DATASETS)
     source = tmp_path / "there.txt"
@@ -173,8 +173,10 @@ def test_fetch_lists_and_reports(
     monkeypatch.setattr(datasets, "_download", lambda n, u, part, r: source.rename(part))
     assert run("fetch", "toy", "--dir", tmp_path / "data", "--accept-licence") == 0
     shown = capsys.readouterr().out
-    for part in ("licence: ask first", "not pinned", "toy.parquet"):
+    for part in ("licence: ask first", "not pinned: trusted on first use", "toy.parquet"):
         assert part in shown
+    assert run("fetch", "toy", "--dir", tmp_path / "data", "--accept-licence") == 0
+    assert "the same as at the first download" in capsys.readouterr().out
     assert run("fetch", "toy", "--dir", tmp_path / "data", "--accept-licence", "--json") == 0
     assert json.loads(capsys.readouterr().out)["pinned"] is False
 

@@ -147,6 +147,30 @@ def test_wrong_checksum_is_refused_and_deleted(known, server, tmp_path):
         fetch(tmp_path)
 
 
+def test_without_a_pinned_checksum_the_first_download_is_trusted(known, server, tmp_path):
+    known(pinned=False)
+    found = fetch(tmp_path)
+    record = tmp_path / "toy-log.txt.sha256"
+    digest = hashlib.sha256(TEXT).hexdigest()
+    assert (found.known, found.pinned, found.sha256) == ("first", False, digest)
+    assert record.read_text() == f"{digest}  toy-log.txt\n"
+    assert fetch(tmp_path).known == "recorded"
+    found.download.unlink()
+    assert fetch(tmp_path).known == "recorded"
+    # Another content later, on disk or from the server, is refused until the record goes.
+    found.download.write_bytes(b"1 2\n")
+    with pytest.raises(DataError, match=r"that of the first download, .*delete .*sha256 to trust"):
+        fetch(tmp_path)
+    server.content = b"1 2\n1 3\n"
+    with pytest.raises(DataError, match="that of the first download"):
+        fetch(tmp_path)
+    assert not found.download.exists()
+    record.unlink()
+    again = fetch(tmp_path)
+    assert again.known == "first"
+    assert pyarrow.parquet.read_table(again.log).num_rows == 2, "the log is that of the download"
+
+
 def test_zip_with_a_long_delimiter(known, tmp_path):
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
