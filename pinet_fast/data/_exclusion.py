@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pinet_fast.data import _njit
+from pinet_fast.data import _njit_negatives
 from pinet_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def unique_lists(items: Items, starts: IntArray, ends: IntArray) -> tuple[Items,
     """Return the sorted unique items of every window, and the offsets of the lists."""
     out = np.empty(int((ends - starts).sum()), items.dtype)
     offsets = np.empty(len(starts) + 1, np.int64)
-    _njit.unique_histories(items, starts, ends, out, offsets)
+    _njit_negatives.unique_histories(items, starts, ends, out, offsets)
     return out[: offsets[-1]], offsets
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from pinet_fast.data._prefetch import SPAN_AHEAD, VALUE_AHEAD, _ask, _ask_window, with_fallback
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -115,7 +117,7 @@ def first_events(
 
 
 @njit(nogil=True, cache=True)
-def before(
+def before_plain(
     items: Array,
     firsts: Array,
     offsets: IntArray,
@@ -133,3 +135,31 @@ def before(
             out[end] = items[i]  # overwritten by the next one unless it counts
             end += firsts[i] < count
         borders[b + 1] = end
+
+
+@njit(nogil=True, cache=True)
+def _before(
+    items: Array,
+    firsts: Array,
+    offsets: IntArray,
+    users: IntArray,
+    counts: IntArray,
+    out: Array,
+    borders: IntArray,
+) -> None:
+    # Unsigned places: Numba makes a negative one count from the end, at a cost in every round.
+    end, last = np.uint64(0), users.shape[0] - 1
+    borders[0] = 0
+    for b in range(users.shape[0]):
+        _ask(offsets, users[min(b + SPAN_AHEAD, last)])
+        later = users[min(b + VALUE_AHEAD, last)]
+        _ask_window(items, offsets, offsets[1:], later)
+        _ask_window(firsts, offsets, offsets[1:], later)
+        count = counts[b]
+        for i in range(np.uint64(offsets[users[b]]), np.uint64(offsets[users[b] + 1])):
+            out[end] = items[i]
+            end += np.uint64(firsts[i] < count)
+        borders[b + 1] = end
+
+
+before = with_fallback(_before, before_plain)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pinet_fast.data import _njit
+from pinet_fast.data import _njit_negatives
 
 if TYPE_CHECKING:
     from pinet_fast.data.splits import Split
@@ -37,13 +37,15 @@ class Popularity:
         """Build both from the weights of items 1..V, float64 [V], all above 0."""
         weights = weights / weights.sum()
         keep, alias = np.empty(len(weights)), np.empty(len(weights), np.int64)
-        _njit.alias_table(weights, keep, alias)
+        _njit_negatives.alias_table(weights, keep, alias)
         return cls(np.concatenate(([0.0], np.cumsum(weights))), keep, alias)
 
     @classmethod
     def of_training_events(cls, store: SequenceStore, split: Split, alpha: float) -> Popularity:
         """Weigh items by (training events)^alpha; an item without any counts as if it had one."""
         counts = np.zeros(store.num_items + 1, np.int64)
-        _njit.count_items(store.items, store.offsets[:-1], split.train_ends(store), counts)
+        _njit_negatives.count_items(
+            store.items, store.offsets[:-1], split.train_ends(store), counts
+        )
         log_weights = alpha * np.log(np.maximum(counts[1:], 1))
         return cls.of(np.exp(log_weights - log_weights.max()))

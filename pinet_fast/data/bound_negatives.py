@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pinet_fast.data import _njit
+from pinet_fast.data import _njit_negatives
 from pinet_fast.data._exclusion import Lists, unique_lists
 from pinet_fast.errors import ConfigError, DataError
 
@@ -230,12 +230,12 @@ def _draw(
     log_q: LogQ,
 ) -> None:
     if popularity is None:
-        _njit.draw_uniform(
+        _njit_negatives.draw_uniform(
             lists.items, lists.offsets, lists.numbers, lists.is_own, num_items,
             users, first_positions, offsets, key, n, out, log_q,
         )  # fmt: skip
     else:
-        _njit.draw_weighted(
+        _njit_negatives.draw_weighted(
             lists.items, lists.offsets, lists.numbers, lists.is_own,
             popularity.cumulative, popularity.keep, popularity.alias,
             users, first_positions, offsets, key, n, out, log_q,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinet_fast.data import Negatives, SequenceStore, Split, _njit
+from pinet_fast.data import Negatives, SequenceStore, Split, _njit_negatives
 from pinet_fast.data._exclusion import unique_lists
 from pinet_fast.data._histories import histories_of
 from pinet_fast.data.bound_negatives import _key
@@ -72,10 +72,10 @@ def test_negatives_are_those_of_lists_built_from_the_training_events(store, spli
     expected = np.empty((4 * len(users), 3), np.int64)
     rest = (users, firsts, offsets, _key(7, 2, 1), 3, expected.reshape(-1), np.zeros(0, np.float32))
     if dist == "uniform":
-        _njit.draw_uniform(items, borders, users, False, store.num_items, *rest)
+        _njit_negatives.draw_uniform(items, borders, users, False, store.num_items, *rest)
     else:
         p = bound.popularity
-        _njit.draw_weighted(
+        _njit_negatives.draw_weighted(
             items, borders, users, False, p.cumulative, p.keep, p.alias, *rest
         )  # fmt: skip
     assert (bound.draw(2, users, firsts, offsets) == expected).all()

@@ -14,9 +14,9 @@ from pinet_fast.data import (
     Split,
     Strata,
     StratifiedBatchSampler,
-    _njit,
     evaluation_batches,
 )
+from pinet_fast.data._njit_negatives import complement_draw
 from pinet_fast.data.negatives import Popularity
 from pinet_fast.errors import ConfigError, DataError
 
@@ -117,10 +117,10 @@ def test_exact_complement_has_the_right_distribution():
     popularity = Popularity.of(weights)
     excluded = np.array([2, 5], np.int32)
     units = (np.arange(10_000) + 0.5) / 10_000
-    drawn = [_njit.complement_draw(popularity.cumulative, excluded, 0, 2, u) for u in units]
+    drawn = [complement_draw(popularity.cumulative, excluded, 0, 2, u) for u in units]
     assert np.bincount(drawn, minlength=7).tolist() == [0, 1000, 0, 3000, 2000, 0, 4000]
     alone = np.array([1, 2, 3, 4, 5], np.int32)
-    ends = [_njit.complement_draw(popularity.cumulative, alone, 0, 5, u) for u in (0.0, 1.0)]
+    ends = [complement_draw(popularity.cumulative, alone, 0, 5, u) for u in (0.0, 1.0)]
     assert ends == [6, 6]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinet_fast.data import _njit
+from pinet_fast.data import _njit, _njit_negatives
 
 ITEMS = st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=30)
 MASK = 2**64 - 1
@@ -55,7 +55,7 @@ def test_unique_histories_are_sorted_sets(case):
     items, starts, ends = case
     histories = np.full((ends - starts).sum(), -7, np.int32)
     offsets = np.full(len(starts) + 1, -7, np.int64)
-    _njit.unique_histories(items, starts, ends, histories, offsets)
+    _njit_negatives.unique_histories(items, starts, ends, histories, offsets)
     for u, (a, b) in enumerate(zip(starts, ends, strict=True)):
         found = histories[offsets[u] : offsets[u + 1]].tolist()
         assert found == sorted(set(items[a:b].tolist()))
@@ -93,7 +93,7 @@ def test_negatives_equal_the_listed_complement(key, num_items, num_draws, data):
     firsts = data.draw(st.lists(st.integers(0, 2**40), min_size=len(users), max_size=len(users)))
     flat = np.array([v for h in histories for v in sorted(h)], np.int32)
     out = np.full(sum(lengths) * num_draws, -7, np.int64)
-    _njit.draw_uniform(
+    _njit_negatives.draw_uniform(
         flat,
         offsets_of([len(h) for h in histories]),
         np.array(users),
