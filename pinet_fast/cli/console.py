@@ -21,6 +21,11 @@ class Output:
     err: Console
     quiet: bool
 
+    def note(self, text: str) -> None:
+        """Print a line of progress, unless quiet."""
+        if not self.quiet:
+            self.err.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def print_json(self, text: str) -> None:
         """Print JSON as it is, for another program."""
         self.out.file.write(text + "\n")
