@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from pinet_fast.cli.console import Output
 from pinet_fast.data import SequenceStore, prepare
+from pinet_fast.data.compiling import told
 
 _COLUMNS = "Columns"
 _STORE = "Store"
@@ -72,7 +73,8 @@ def prepared(log: Path, shown: Output, **options: object) -> SequenceStore:
         def report(share: float, text: str) -> None:
             bar.update(task, completed=share, description=text)
 
-        return prepare(log, on_progress=report, **options)  # type: ignore[arg-type] # checked there
+        with told(shown.note):
+            return prepare(log, on_progress=report, **options)  # type: ignore[arg-type] # checked there
 
 
 def ties_sentence(store: SequenceStore) -> str:

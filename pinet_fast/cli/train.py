@@ -12,6 +12,7 @@ import typer
 from pinet_fast.aggregation.rules import names as rule_names
 from pinet_fast.cli.console import Output, output
 from pinet_fast.cli.progress import ProgressObserver
+from pinet_fast.data.compiling import told
 from pinet_fast.errors import ConfigError
 from pinet_fast.report import RunFiles, write_report
 from pinet_fast.training import RunConfig
@@ -185,7 +186,7 @@ def run(
     config: RunConfig | None, out: Path, shown: Output, *, resume: bool = False
 ) -> dict[str, Any]:
     """Train with progress bars and write the report."""
-    with ProgressObserver(shown.err, quiet=shown.quiet) as observer:
+    with ProgressObserver(shown.err, quiet=shown.quiet) as observer, told(observer.note):
         metrics = run_training(config, out, resume=resume, observer=observer)
         write_report(RunFiles.load(out), RunFolder(out).report)
     return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pinet_fast.data import compiling as compiling  # registers itself with Numba
 from pinet_fast.data.augment import Crop, Drop, Mask, Reorder
 from pinet_fast.data.batch import RaggedBatch
 from pinet_fast.data.evaluation import EvaluationBatch, evaluation_batches
