@@ -95,6 +95,7 @@ class BatchBuilder:
                     "negatives: per='event' and exclude='targets' need targets; use "
                     "targets='next' or 'last', or per='user' with another exclude"
                 )
+        store.check_unchanged()
         starts = store.offsets[:-1]
         self._spans = spans_of(starts, split.train_ends(store) - starts, strata)
         self._store = store
@@ -122,7 +123,11 @@ class BatchBuilder:
 
         Returns:
             The filled slot, and what turns it into a batch.
+
+        Raises:
+            StoreError: The file of the store was written to.
         """
+        self._store.check_unchanged()
         plan = self._plan(epoch, users)
         assembly = self._assembly(plan)
         slot = take(assembly.layout.num_words)

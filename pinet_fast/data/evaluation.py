@@ -93,6 +93,7 @@ def evaluation_batches(
     Raises:
         ConfigError: An option out of its range.
         StrataError: Strata of another store.
+        StoreError: The file of the store was written to.
     """
     check_max_len(max_len)
     check_strata(store, strata)
@@ -105,6 +106,7 @@ def evaluation_batches(
             f"negatives: frozen for part {negatives.part!r} of {negatives.store.source}, not "
             f"{part!r} of {store.source}; freeze them for this store and part"
         )
+    store.check_unchanged()
     users, positions = split.holdout(store, part)
     return _blocks(store, strata, users, positions, max_len, batch_size, negatives)
 
@@ -119,6 +121,7 @@ def _blocks(
     negatives: FrozenNegatives | None,
 ) -> Iterator[EvaluationBatch]:
     for first in range(0, len(users), batch_size):
+        store.check_unchanged()
         block = users[first : first + batch_size]
         grouped = np.argsort(strata.ids[block], kind="stable")
         block, ends = block[grouped], positions[first : first + batch_size][grouped]

@@ -73,6 +73,7 @@ class RaggedLoader:
         ConfigError: An option out of its range, or a sampler of other strata.
         StrataError: Strata of another store.
         DataError: A user whose history leaves no negative.
+        StoreError: While it is iterated: the file of the store was written to.
     """
 
     def __init__(

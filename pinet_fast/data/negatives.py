@@ -78,6 +78,7 @@ class Negatives:
         Raises:
             DataError: With ``"history"``, a user who has every item of the catalogue.
         """
+        store.check_unchanged()
         popularity = self._popularity(store, split)
         counts = split.train_lengths(store)
         if self.exclude == "history":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pinet_fast.data import _store_checks as checks
+from pinet_fast.data._file_state import FileState
 from pinet_fast.data._histories import Histories
 from pinet_fast.data.ids import Ids, StringIds, position_of
-from pinet_fast.errors import DataError
+from pinet_fast.errors import DataError, StoreError
 
 Array = npt.NDArray[Any]
 
@@ -26,8 +27,9 @@ _MIN_TIED = 2
 class SequenceStore:
     """The events of U users, sorted by user id and, inside a user, in order of time.
 
-    Arrays are read-only views of the mapped file. A store is never changed in place: do not write
-    to its file while it is open.
+    Arrays are read-only views of the mapped file. A store is never changed in place: ``prepare``
+    replaces the file, which leaves an open store whole. What reads batches calls
+    ``check_unchanged`` before each.
 
     Attributes:
         path: The Arrow IPC file.
@@ -59,6 +61,22 @@ class SequenceStore:
     min_user_events: int = 1
     min_item_events: int = 1
     rows_dropped: int = 0
+    _state: FileState | None = field(default=None, repr=False)
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on if the mapped file was written to since it was opened.
+
+        It compares the size and time of the file, in a microsecond or two. Another file under the
+        same name, or none, is no harm: the map is still that of the file that was opened.
+
+        Raises:
+            StoreError: The file has another size or time than when it was opened.
+        """
+        if self._state is not None and self._state.is_changed(self.path):
+            raise StoreError(
+                f"store {self.path}: it was written to while it was open, so its events are not "
+                "those of the log any more; prepare the log again, and open the new store"
+            )
 
     @property
     def num_users(self) -> int:
@@ -144,6 +162,7 @@ class SequenceStore:
             StoreError: The file is missing, cut off, foreign, of another version, or changed.
         """
         path = Path(path)
+        state = FileState.of(path)
         schema, batch = checks.read_batch(path)
         about = checks.about_of(path, schema)
         checks.check_columns(path, schema, batch)
@@ -167,6 +186,7 @@ class SequenceStore:
             min_user_events=int(about["min_user_events"]),
             min_item_events=int(about["min_item_events"]),
             rows_dropped=int(about["rows_dropped"]),
+            _state=state,
         )
         checks.check_counts(store, about)
         if verify:

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pinet_fast.data import Split, Strata, evaluation_batches
+from pinet_fast.data import (
+    Crop,
+    Drop,
+    Mask,
+    Negatives,
+    RaggedLoader,
+    Split,
+    Strata,
+    StratifiedBatchSampler,
+    evaluation_batches,
+)
 from pinet_fast.errors import ConfigError, DataError
 
 
@@ -181,6 +191,53 @@ def test_evaluation_reads_everything_before_each_target(timed_store, split):
             before = sorted(set(store.items[first:place].tolist()))
             expected = (before, store.items[place])
             assert rows[user, place - first] == expected
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    split=st.sampled_from(
+        [Split.leave_one_out(), Split.leave_k_out(2), Split.ratio(0.5, 0.25), Split.before(4, 8)]
+    ),
+    crop=st.sampled_from(["tail", "random_window", "prefix"]),
+    targets=st.sampled_from(["next", "last", None]),
+    augment=st.sampled_from([(), (Crop(0.7), Drop(0.3)), (Mask(0.4, 0),)]),
+    seed=st.integers(0, 5),
+)
+def test_no_training_row_holds_a_later_event(unique_store, split, crop, targets, augment, seed):
+    """Every event has an item of its own, so what a row holds says which events it read."""
+    store = unique_store
+    strata = Strata.from_labels(store, np.arange(store.num_users) % 2, split=split)
+    sampler = StratifiedBatchSampler(strata, batch_size=5, seed=seed)
+    loader = RaggedLoader(
+        store, sampler, split=split, strata=strata, max_len=6, crop=crop, targets=targets,
+        augment=augment, negatives=Negatives(2) if targets else None, seed=seed,
+    )  # fmt: skip
+    ends, place_of = split.train_ends(store), np.argsort(store.items)
+    for batch in loader:
+        offsets = batch.offsets.tolist()
+        for b, user in enumerate(batch.users.tolist()):
+            mine = slice(offsets[b], offsets[b + 1])
+            codes = batch.values[mine].tolist()
+            places = [place_of[code - 1] for code in codes if code]
+            if targets is not None:
+                own = batch.targets[mine] if targets == "next" else batch.targets[b : b + 1]
+                seen = [place_of[code - 1] for code in own.tolist()]
+                # A target comes after what was shown before it.
+                latest = -1
+                for code, target in zip(codes, seen if targets == "next" else [], strict=False):
+                    latest = max(latest, place_of[code - 1] if code else -1)
+                    assert target > latest
+                places += seen
+            assert all(store.offsets[user] <= place < ends[user] for place in places)
+
+
+@pytest.fixture(scope="module")
+def unique_store(store_of):
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(4, 14, 24)
+    times = np.concatenate([np.sort(rng.integers(0, 12, n)) for n in lengths])
+    users = np.repeat(np.arange(24), lengths)
+    return store_of(users, rng.permutation(len(users)), times)
 
 
 def test_planted_leaks_in_time_are_noticed(timed_store):
