@@ -13,7 +13,7 @@ from rich.table import Table
 
 import pinet_fast
 from pinet_fast.cli.console import Output, output
-from pinet_fast.data.floor import MemoryFloor
+from pinet_fast.data.floor import GatherSpeed, MemoryFloor
 from pinet_fast.kernels import backend_status
 
 _PACKAGES = ("torch", "triton", "numpy", "numba", "pyarrow", "duckdb", "nvtx")
@@ -40,6 +40,7 @@ def _found() -> dict[str, Any]:
     import torch
 
     floor = MemoryFloor.measure()
+    gather = GatherSpeed.measure(floor)
     gpu = torch.cuda.is_available()
     return {
         "versions": {
@@ -56,6 +57,9 @@ def _found() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "copy_gb_per_s": floor.copy_rate / 1e9,
         "random_line_ns": floor.line_seconds * 1e9,
+        "sampler_eta": gather.eta,
+        "sampler_ns_per_row": gather.row_seconds * 1e9,
+        "sampler_events_per_row": gather.mean_events,
         "floor_ns_per_row": {n: floor.seconds(1, n) * 1e9 for n in _LENGTHS},
     }
 
@@ -89,4 +93,9 @@ def _print(found: dict[str, Any], shown: Output) -> None:
             f"{floor:.0f} ns a row = {rate:.1f} M rows/s and {rate * events:,.0f} M events/s; "
             "no gather on one thread is faster",
         )
+    table.add_row(
+        "sampler measured",
+        f"eta {found['sampler_eta']:.2f}: {found['sampler_ns_per_row']:.0f} ns a row of "
+        f"{found['sampler_events_per_row']:.0f} events, one thread; 1 would be the floor",
+    )
     shown.out.print(table)

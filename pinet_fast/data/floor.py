@@ -22,6 +22,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from pinet_fast.data import _njit, _prefetch
+
 LINES_OF_OFFSETS = 1.125
 _LINE = 64  # bytes
 _TRIES = 5
@@ -76,6 +78,61 @@ class MemoryFloor:
         """
         lines = users * (LINES_OF_OFFSETS + columns)
         return lines * self.line_seconds + events * event_bytes / self.copy_rate
+
+
+@dataclass(frozen=True)
+class GatherSpeed:
+    """How near the floor the gather of this package comes on this machine, on one thread.
+
+    Attributes:
+        eta: Floor over measured time; 1 would be the floor itself.
+        row_seconds: Seconds a user.
+        mean_events: Events of a user, on average.
+    """
+
+    eta: float
+    row_seconds: float
+    mean_events: float
+
+    @classmethod
+    def measure(
+        cls, floor: MemoryFloor, *, table_bytes: int = 256 << 20, batch_size: int = 4096,
+        seed: int = 0,
+    ) -> GatherSpeed:  # fmt: skip
+        """Gather batches of users with 1 to 59 events; the best tenth of the batches counts.
+
+        Args:
+            floor: The costs, measured on this machine.
+            table_bytes: Size of the events; far above the caches.
+            batch_size: Users of a batch.
+            seed: Decides lengths and users.
+        """
+        rng = np.random.default_rng(seed)
+        lengths = rng.integers(1, 60, table_bytes // 4 // 30)
+        ends = np.cumsum(lengths)
+        items = np.ones(ends[-1], np.int32)
+        spans = np.empty(2 * len(lengths), np.int64)
+        spans[::2], spans[1::2] = ends - lengths, lengths << _njit.SPAN_BITS
+        num = min(100, len(lengths) // batch_size)
+        batches = rng.permutation(len(lengths))[: num * batch_size].reshape(num, batch_size)
+        starts, last, positions, ids = (np.empty(batch_size, np.int64) for _ in range(4))
+        offsets, out = np.empty(batch_size + 1, np.int64), np.empty(60 * batch_size, np.int32)
+        found = []
+        for users in batches:
+            began = time.perf_counter()
+            _prefetch.plan(
+                spans, users, _njit.TAIL, 200, 0, np.uint64(0),
+                starts, last, positions, offsets, ids,
+            )  # fmt: skip
+            _prefetch.gather(items, starts, last, offsets, out)
+            seconds = time.perf_counter() - began
+            found.append((seconds, floor.seconds(batch_size, int(offsets[-1])) / seconds))
+        times, etas = np.array(found[1:]).T  # the first one compiles
+        return cls(
+            float(np.quantile(etas, 0.9)),
+            float(np.quantile(times, 0.1)) / batch_size,
+            float(lengths.mean()),
+        )
 
 
 def random_places(num_values: int, seed: int = 0, count: int = 1 << 20) -> npt.NDArray[np.int64]:

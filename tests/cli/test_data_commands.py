@@ -189,9 +189,13 @@ def test_doctor_measures(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.1 < found["copy_gb_per_s"] < 1000
     assert 0.5 < found["random_line_ns"] < 2000
     assert found["floor_ns_per_row"]["30"] < found["floor_ns_per_row"]["200"]
+    assert 0 < found["sampler_eta"] < 10
+    assert found["sampler_ns_per_row"] > 0
     assert found["versions"]["duckdb"]
     assert run("doctor") == 0
-    assert "sampler floor" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "sampler floor" in shown
+    assert "eta " in shown
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
