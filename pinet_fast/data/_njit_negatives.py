@@ -52,20 +52,21 @@ def _num_before(excluded: Array, first: int, end: int, rank: np.int64) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _fill_table(excluded: Array, first: int, end: int, num_free: int, table: Array) -> int:
-    """Count, for runs of 2**shift ranks, the excluded items before each run; return the shift.
+def _fill_table(excluded: Array, first: int, end: int, top: int, step: int, table: Array) -> int:
+    """Count, for runs of 2**shift keys 0..top, the excluded items before each; return the shift.
 
-    There are about as many runs as excluded items. A rank is even over the runs, so what is left
-    to look at is one item on average, wherever the items are.
+    The key of an item is itself (``step`` 0), or how many free items come before it (1). There are
+    about twice as many runs as excluded items, so that an even key has half an item in its run on
+    average, wherever the items are.
     """
     num = end - first
     shift = 0
-    while (num_free >> shift) >= 2 * num:
+    while (top >> shift) >= 2 * num:
         shift += 1
-    size = (num_free >> shift) + 2
+    size = (top >> shift) + 2
     table[:size] = 0
     for i in range(num):
-        table[((excluded[first + i] - 1 - i) >> shift) + 1] += 1
+        table[((excluded[first + i] - step * (1 + i)) >> shift) + 1] += 1
     for run in range(1, size):
         table[run] += table[run - 1]
     return shift
@@ -115,7 +116,7 @@ def draw_uniform(
         has_table = not is_own and num_draws_of_user * DRAWS_PER_ENTRY > end - first > 0
         shift = 0
         if has_table:
-            shift = _fill_table(excluded, first, end, num_items - (end - first), table)
+            shift = _fill_table(excluded, first, end, num_items - (end - first), 1, table)
         for t in range(offsets[b], offsets[b + 1]):
             if is_own:
                 first, end = t, t + 1
@@ -178,7 +179,13 @@ def alias_table(weights: Array, keep: Array, alias: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def _is_excluded(excluded: Array, first: int, end: int, item: np.int64) -> bool:
-    low = first + np.searchsorted(excluded[first:end], item)
+    low, high = first, end
+    while low < high:
+        middle = (low + high) >> 1
+        if excluded[middle] < item:
+            low = middle + 1
+        else:
+            high = middle
     return bool(low < end and excluded[low] == item)
 
 
@@ -245,6 +252,7 @@ def draw_weighted(
     num_items = keep.shape[0]
     has_log_q = log_q.shape[0] > 0
     total = cumulative[num_items]
+    table = np.empty(_table_size(list_offsets, lists, is_own), np.int32)
     for b in range(users.shape[0]):
         first = end = 0
         if not is_own:
@@ -253,6 +261,11 @@ def draw_weighted(
         if has_log_q and not is_own:
             free = total - _excluded_mass(cumulative, excluded, first, end)
         user_key = _subkey(key, users[b])
+        num_draws_of_user = (offsets[b + 1] - offsets[b]) * num_draws
+        has_table = not is_own and num_draws_of_user * DRAWS_PER_ENTRY > end - first > 0
+        shift = 0
+        if has_table:
+            shift = _fill_table(excluded, first, end, num_items, 0, table)
         for t in range(offsets[b], offsets[b + 1]):
             if is_own:
                 first, end = t, t + 1
@@ -265,7 +278,11 @@ def draw_weighted(
                     column = _below(_subkey(draw_key, 2 * attempt), np.uint64(num_items))
                     if _unit(_subkey(draw_key, 2 * attempt + 1)) >= keep[column]:
                         column = alias[column]
-                    if not _is_excluded(excluded, first, end, column + 1):
+                    low, high = first, end
+                    if has_table:
+                        run = (column + 1) >> shift
+                        low, high = first + table[run], first + table[run + 1]
+                    if not _is_excluded(excluded, low, high, column + 1):
                         item = column + 1
                         break
                 if item == 0:

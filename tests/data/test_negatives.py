@@ -83,3 +83,26 @@ def test_user_who_has_every_item_is_refused(store_of):
 def test_bad_options_are_refused(options):
     with pytest.raises(ConfigError, match="negatives: expected"):
         Negatives(**options)
+
+
+@pytest.mark.parametrize("dist", ["uniform", "popularity"])
+def test_long_histories_are_searched_or_tabled_alike(store_of, dist):
+    """A table is made where a user draws much; a single draw searches. Both give the same items."""
+    rng = np.random.default_rng(5)
+    # Histories of every kind of gaps: dense at the begin, dense at the end, even, and random.
+    kinds = [np.arange(400), 2000 - np.arange(400), np.arange(400) * 5, rng.permutation(2000)[:400]]
+    items = np.concatenate([[3000, *kind, 3001, 3002] for kind in kinds])
+    everyone = np.arange(4).repeat(403)
+    store = store_of(
+        np.concatenate([everyone, np.full(3100, 9)]), np.concatenate([items, np.arange(3100)])
+    )
+    bound = Negatives(2, dist=dist, alpha=0.5).bind(store, SPLIT)
+    for user in range(4):
+        together = draw_many(bound, user, 300)
+        one = np.array([user])
+        alone = [
+            bound.draw(0, one, np.array([position]), np.array([0, 1])) for position in range(1, 301)
+        ]
+        assert (together == np.concatenate(alone)).all()
+        train = store.items[store.offsets[user] : SPLIT.train_ends(store)[user]]
+        assert not set(together.ravel().tolist()) & set(train.tolist())
