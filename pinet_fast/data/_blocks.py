@@ -36,17 +36,23 @@ class Layout:
 
     def arrays(self, block: Array) -> dict[str, Array]:
         """Return the arrays as views of a block."""
-        return {
-            name: block[start:end].view(kind)[: math.prod(shape)].reshape(shape)
-            for name, (start, end, shape, kind) in self._places.items()
-        }
+        found = {}
+        for name, (start, end, shape, kind) in self._places.items():
+            part = block[start:end]
+            if kind != _INT64:  # a narrower one may not fill its last word
+                part = part.view(kind)[: math.prod(shape)]
+            found[name] = part if len(shape) == 1 else part.reshape(shape)
+        return found
 
     def tensors(self, block: Tensor) -> dict[str, Tensor]:
         """Return the arrays as tensors that are views of a block, on its device."""
-        return {
-            name: block[start:end].view(_TORCH[kind])[: math.prod(shape)].view(shape)
-            for name, (start, end, shape, kind) in self._places.items()
-        }
+        found = {}
+        for name, (start, end, shape, kind) in self._places.items():
+            part = block[start:end]
+            if kind != _INT64:
+                part = part.view(_TORCH[kind])[: math.prod(shape)]
+            found[name] = part if len(shape) == 1 else part.view(shape)
+        return found
 
 
 @dataclass(eq=False)

@@ -10,6 +10,7 @@ uint64 into float64.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,7 @@ def order_within(
     return out
 
 
+@functools.lru_cache(maxsize=1024)
 def _key(seed: int, stratum: int, cycle: int) -> int:
     limbs = [seed >> shift & _MASK for shift in range(0, max(seed.bit_length(), 1), 64)]
     key = 0

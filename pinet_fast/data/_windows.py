@@ -100,6 +100,7 @@ class BatchBuilder:
         self._spans = spans_of(starts, split.train_ends(store) - starts, strata)
         self._store = store
         self._num_strata = strata.num_strata
+        self._stratum_numbers = np.arange(strata.num_strata + 1)
         self._crop = _CROPS[crop]
         self._targets = targets
         self._shift = 0 if targets is None else 1
@@ -164,7 +165,7 @@ class BatchBuilder:
 
     def _assembly(self, plan: _Plan) -> Assembly:
         num_users, num_events = len(plan.users), int(plan.offsets[-1])
-        borders = np.searchsorted(plan.strata_ids, np.arange(self._num_strata + 1))
+        borders = plan.strata_ids.searchsorted(self._stratum_numbers)
         layout = Layout()
         layout.add("values", num_events)
         num_targets = num_events if self._targets == "next" else num_users
@@ -183,7 +184,7 @@ class BatchBuilder:
             layout.add("weights", num_users, dtype=np.float32)
         return Assembly(
             layout,
-            max_len=int(np.diff(plan.offsets).max(initial=0)),
+            max_len=int((plan.offsets[1:] - plan.offsets[:-1]).max(initial=0)),
             user_offsets=tuple(borders.tolist()),
             event_offsets=tuple(plan.offsets[borders].tolist()),
         )

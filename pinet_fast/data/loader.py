@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
@@ -13,7 +12,7 @@ from pinet_fast.data._assemble import check_max_len, check_strata
 from pinet_fast.data._making import Made, Maker
 from pinet_fast.data._pipeline import Pipeline
 from pinet_fast.data._windows import BatchBuilder
-from pinet_fast.data.loader_stats import LoaderStats
+from pinet_fast.data.loader_stats import Counts, LoaderStats
 from pinet_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ class RaggedLoader:
         self._maker = Maker(builder, self.device, is_leased=lifetime == "lease")
         self._pipeline: Pipeline[Made] | None = None
         self._epoch = 0  # of the pipeline
-        self._stats = LoaderStats()
+        self._counts = Counts()
 
     @property
     def batch_sampler(self) -> StratifiedBatchSampler:
@@ -159,7 +158,7 @@ class RaggedLoader:
                 began = time.perf_counter()
                 yield batch
                 del batch, made
-                self._spent(time.perf_counter() - began)
+                self._counts.seconds += time.perf_counter() - began
                 began = time.perf_counter()
                 if leased is not None:
                     self._maker.ring.put(leased)
@@ -225,24 +224,18 @@ class RaggedLoader:
             next(iter(sampler))
 
     def _count(self, made: Made, depth: int, waited: float) -> None:
-        old = self._stats
-        self._stats = replace(
-            old,
-            batches=old.batches + 1,
-            users=old.users + made.assembly.user_offsets[-1],
-            events=old.events + made.assembly.event_offsets[-1],
-            num_bytes=old.num_bytes + 8 * made.assembly.layout.num_words,
-            seconds=old.seconds + waited,
-            wait_seconds=old.wait_seconds + waited,
-            ring_depth=old.ring_depth + (depth - old.ring_depth) / (old.batches + 1),
-        )
-
-    def _spent(self, seconds: float) -> None:
-        self._stats = replace(self._stats, seconds=self._stats.seconds + seconds)
+        counts = self._counts
+        counts.batches += 1
+        counts.users += made.assembly.user_offsets[-1]
+        counts.events += made.assembly.event_offsets[-1]
+        counts.words += made.assembly.layout.num_words
+        counts.seconds += waited
+        counts.wait_seconds += waited
+        counts.ready += depth
 
     def stats(self) -> LoaderStats:
         """Return what the loader did so far."""
-        return self._stats
+        return self._counts.stats()
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the current epoch keeps its position."""

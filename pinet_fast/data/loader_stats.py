@@ -46,3 +46,28 @@ class LoaderStats:
     def bytes_per_second(self) -> float:
         """Return bytes a second."""
         return self.num_bytes / self.seconds if self.seconds else 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Counts:
+    """What ``LoaderStats`` are made of, counted up by every batch."""
+
+    batches: int = 0
+    users: int = 0
+    events: int = 0
+    words: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    ready: int = 0
+
+    def stats(self) -> LoaderStats:
+        """Return the counts so far."""
+        return LoaderStats(
+            batches=self.batches,
+            users=self.users,
+            events=self.events,
+            num_bytes=8 * self.words,
+            seconds=self.seconds,
+            wait_seconds=self.wait_seconds,
+            ring_depth=self.ready / self.batches if self.batches else 0.0,
+        )
