@@ -28,9 +28,9 @@ def store(store_with_lengths):
     return store_with_lengths(lengths.tolist(), num_items=90)
 
 
-def make(store, batch_size=4, seed=0, **options):
+def make(store, seed=0, drawn=None, **options):
     strata = Strata.by_activeness(store, split=SPLIT, edges=[6])
-    sampler = StratifiedBatchSampler(strata, batch_size=batch_size, seed=seed)
+    sampler = StratifiedBatchSampler(strata, seed=seed, **drawn or {"batch_size": 4})
     options = {"max_len": 5, "negatives": Negatives(2), "seed": seed} | options
     return RaggedLoader(store, sampler, split=SPLIT, strata=strata, **options)
 
@@ -72,6 +72,36 @@ def test_resume_with_threads_is_bit_identical(store, stop):
     while len(seen) < len(stream):
         seen += [content(batch) for batch in resumed]
     assert seen == stream
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        {"batch_size": 5, "mix": "uniform"},
+        {"batch_size": 7, "mix": {"6+ events": 0.3, 0: 0.7}, "steps_per_epoch": 6},
+        {"max_events": 20, "max_len": 5},
+        {"max_events": 20, "max_len": 5, "mix": "sqrt", "rank": 1, "world_size": 2},
+    ],
+    ids=["uniform", "shares", "events", "rank"],
+)
+def test_any_sampler_gives_the_same_stream_in_threads_and_after_a_resume(store, drawn):
+    plain = make(store, drawn=drawn)
+    stream = [content(batch) for _ in range(2) for batch in plain]
+    for threads in (1, 4):
+        other = make(store, drawn=drawn, threads=threads)
+        assert [content(batch) for _ in range(2) for batch in other] == stream
+    for stop in range(1, len(stream)):
+        first, seen = make(store, drawn=drawn, threads=2), 0
+        while seen < stop:
+            for _ in first:
+                seen += 1
+                if seen == stop:
+                    break
+        resumed = make(store, drawn=drawn, threads=stop % 3)
+        resumed.load_state_dict(first.state_dict())
+        rest = [content(batch) for batch in resumed]
+        assert rest == stream[stop : stop + len(rest)]
+        assert len(rest) == len(plain) - stop % len(plain)
 
 
 def test_state_counts_delivered_batches_only(store):
