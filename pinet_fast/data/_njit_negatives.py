@@ -66,7 +66,9 @@ def _fill_table(excluded: Array, first: int, end: int, top: int, step: int, tabl
     size = (top >> shift) + 2
     table[:size] = 0
     for i in range(num):
-        table[((excluded[first + i] - step * (1 + i)) >> shift) + 1] += 1
+        # Inside 0..top unless a store that was opened unchecked is damaged: then no harm is done.
+        key = min(max(excluded[first + i] - step * (1 + i), 0), top)
+        table[(key >> shift) + 1] += 1
     for run in range(1, size):
         table[run] += table[run - 1]
     return shift
