@@ -136,8 +136,9 @@ def fetch(
         raise ConfigError(f"fetch {name}: expected one of {', '.join(DATASETS)}")
     wanted = DATASETS[name]
     if not accept_licence:
+        trust = "" if wanted.sha256 else "; no checksum is pinned, the first download is trusted"
         raise ConfigError(
-            f"fetch {name}: its licence is not accepted ({wanted.licence}); "
+            f"fetch {name}: its licence is not accepted ({wanted.licence}){trust}; "
             "if you agree, add --accept-licence"
         )
     report = on_progress or (lambda share, text: None)

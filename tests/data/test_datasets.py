@@ -197,6 +197,8 @@ def test_refusals_are_one_line(known, server, tmp_path):
         datasets.fetch("none", tmp_path, accept_licence=True)
     with pytest.raises(ConfigError, match=r"ask first.*--accept-licence"):
         datasets.fetch("toy", tmp_path, accept_licence=False)
+    with pytest.raises(ConfigError, match=r"GroupLens.*no checksum is pinned.*--accept-licence"):
+        datasets.fetch("ml-1m", tmp_path, accept_licence=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
         fetch(tmp_path / "file")
