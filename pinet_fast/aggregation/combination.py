@@ -11,7 +11,7 @@ from pinet_fast import profiling
 from pinet_fast.aggregation.report import AggregationReport, LeakState
 from pinet_fast.aggregation.rules import ConstantRule, ElementwiseRule, GramRule, Rule
 from pinet_fast.errors import AggregationError
-from pinet_fast.kernels import stratum_gram
+from pinet_fast.kernels import stratum_combine, stratum_gram
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -116,9 +116,24 @@ class Combination:
 
 
 def _mixed(touched: Sequence[tuple[Tensor, StratumGradient]], weights: Tensor) -> list[Tensor]:
-    """Return ``sum_s w_s g_s`` of every parameter."""
-    by_parameter = weights.expand(len(touched), -1)
-    return [g.combined(w, p) for (p, g), w in zip(touched, by_parameter, strict=True)]
+    """Return ``sum_s w_s g_s`` of every parameter, by one call a device."""
+    outs = [
+        g.values.new_empty(g.values.shape[1:]) if g.rows is None or g.is_sparse
+        else torch.empty_like(p, memory_format=torch.contiguous_format)
+        for p, g in touched
+    ]  # fmt: skip
+    for device in dict.fromkeys(out.device for out in outs):
+        here = [i for i, out in enumerate(outs) if out.device == device]
+        of_these = weights if weights.dim() == 1 or len(here) == len(outs) else weights[here]
+        stratum_combine(
+            [touched[i][1].values for i in here],
+            of_these.to(device),
+            [outs[i] for i in here],
+            rows=[None if touched[i][1].is_sparse else touched[i][1].rows for i in here],
+        )
+    return [
+        g.spread(out, p) if g.is_sparse else out for (p, g), out in zip(touched, outs, strict=True)
+    ]
 
 
 def _leak_state(session: Session) -> LeakState:

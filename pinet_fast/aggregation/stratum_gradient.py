@@ -29,13 +29,6 @@ class StratumGradient:
     touched: Tensor | None = None
     is_sparse: bool = False
 
-    def combined(self, weights: Tensor, like: Tensor) -> Tensor:
-        """Return ``sum_s weights[s] * values[s]`` as a gradient of the parameter ``like``."""
-        num_strata = self.values.shape[0]
-        flat = self.values.reshape(num_strata, -1)
-        mixed = torch.mv(flat.t(), weights.to(flat.dtype)).reshape(self.values.shape[1:])
-        return self.spread(mixed, like)
-
     def spread(self, gradient: Tensor, like: Tensor) -> Tensor:
         """Return a gradient of the touched rows, [U, d], as one of the parameter ``like``."""
         if self.rows is None:

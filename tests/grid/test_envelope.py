@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -126,7 +127,8 @@ def data_parallel(opt: GradientAggregator, model: nn.Sequential) -> None:
 
     def replica(x: Tensor) -> Tensor:
         copies = dict(zip(names, Broadcast.apply(*model.parameters()), strict=True))
-        return torch.func.functional_call(model, copies, (x,))  # type: ignore[no-any-return]
+        module = copy.deepcopy(model)  # each thread swaps the tensors of its own
+        return torch.func.functional_call(module, copies, (x,))  # type: ignore[no-any-return]
 
     with opt.stratify(IDS), ThreadPoolExecutor(2) as pool:
         losses = torch.cat(list(pool.map(replica, (X[:4], X[4:])))).pow(2).sum(1)

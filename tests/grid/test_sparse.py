@@ -64,9 +64,11 @@ def test_sparse_and_dense_tables_agree(rule: str, mode: str) -> None:
         assert grad.is_sparse
         dense = twin.items.weight.grad
         assert dense is not None
-        torch.testing.assert_close(grad.to_dense(), dense, rtol=1e-10, atol=1e-14)
+        # CAGrad is solved to 1e-5: sums in another order move its weights by less than that.
+        rtol, atol = (1e-5, 1e-6) if rule == "cagrad" else (1e-10, 1e-14)
+        torch.testing.assert_close(grad.to_dense(), dense, rtol=rtol, atol=atol)
         torch.testing.assert_close(
-            model.users.weight.grad, twin.users.weight.grad, rtol=1e-10, atol=1e-14
+            model.users.weight.grad, twin.users.weight.grad, rtol=rtol, atol=atol
         )
     assert set(grad.coalesce().indices().flatten().tolist()) <= {0, 1, 2, 3, 5, 8, 40}
     assert not grad.to_dense()[0].any()  # padding
