@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt CMakeLists.txt $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch
 	$(PIP) install --quiet --constraint constraints.txt scikit-build-core cmake ninja
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,bench]'
 	@touch $@
 
 demo: install  ## Joint against deconfounded training, by stratum (DATA=path for a real log)

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios from interleaved pairs, and what others pay for the same."""
