@@ -222,6 +222,43 @@ class StratifiedBroadcast(torch.autograd.Function):
         return for_rows, None, sums, None, None, None, None
 
 
+class StratifiedPReLU(torch.autograd.Function):
+    """``max(0, x) + w min(0, x)`` with stratum gradients of w: one number, or one a channel.
+
+    Channels are dimension 1, as in ``F.prelu``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        leaf: Tensor,
+        groups: RowGroups,
+        layout: RowLayout,
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
+        ctx.groups = groups
+        ctx.layout = layout  # read by provenance.trace
+        return F.prelu(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, _ = ctx.saved_tensors
+        shape = [1] * rows.dim()
+        if weight.numel() > 1:
+            shape[1] = weight.numel()
+        backward = torch.ops.aten._prelu_kernel_backward
+        for_rows, below = backward(grad, rows, weight.view(shape).expand_as(rows))
+        parts = ctx.groups.split(below.movedim(ctx.layout.dim, 0))
+        size = torch.Size(shape)
+        sums = torch.stack(
+            [_sum_to(part.movedim(0, ctx.layout.dim), size).reshape(weight.shape) for part in parts]
+        )
+        return for_rows if ctx.needs_input_grad[0] else None, None, sums, None, None
+
+
 def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
     """Sum ``rows`` over the dimensions that broadcasting added; an empty stratum gives zeros."""
     if rows.shape == shape:

@@ -14,6 +14,7 @@ from pinet_fast.aggregation.boundary import (
     StratifiedLayerNorm,
     StratifiedLinear,
     StratifiedMatmul,
+    StratifiedPReLU,
     apply,
 )
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
@@ -138,6 +139,22 @@ def _broadcast_shape(rows: torch.Size, parameter: torch.Size) -> torch.Size:
     return torch.broadcast_shapes(rows, parameter)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _prelu(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    rows, weight = bind(args, kwargs, ("input", "weight"), {})
+    root = mode.root_of(weight)
+    if root is None or mode.root_of(rows) is not None:
+        raise BoundaryError("prelu: expected rows of the batch and a parameter as the weight")
+    sizes = list(rows.shape)
+    if weight.numel() > 1:
+        sizes[1] = -1  # channels
+    layout = mode.find(tuple(sizes), rows, (root,), "prelu")
+    if layout is None:
+        return mode.derive(func, args, kwargs)
+    leaf = mode.dense_leaf(root, "prelu", layout)
+    groups = mode.rows.groups_along(layout)
+    return apply(StratifiedPReLU, rows, weight.detach(), leaf, groups, layout)
+
+
 def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     """``rows += p`` and its kin: computed beside the rows, then written into them."""
     if not args or mode.root_of(args[0]) is not None:
@@ -202,6 +219,7 @@ def default_rules() -> dict[Any, BoundaryRule]:
     from pinet_fast.aggregation.recurrent_rules import recurrent_rules
 
     rules: dict[Any, BoundaryRule] = {F.linear: _linear, F.layer_norm: _layer_norm}
+    rules |= dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), _prelu)
     rules |= lookup_rules()
     rules |= recurrent_rules()
     for name in ("matmul", "mm"):
