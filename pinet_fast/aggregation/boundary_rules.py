@@ -152,7 +152,8 @@ def _prelu(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
         return mode.derive(func, args, kwargs)
     leaf = mode.dense_leaf(root, "prelu", layout)
     groups = mode.rows.groups_along(layout)
-    return apply(StratifiedPReLU, rows, weight.detach(), leaf, groups, layout)
+    rows, slope = autocast(rows, weight.detach())
+    return apply(StratifiedPReLU, rows, slope, leaf, groups, layout)
 
 
 def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
