@@ -4,6 +4,7 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 """
 
 from ._registry import backend_status, describe_status
+from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
 from .stratum_combine import stratum_combine
 from .stratum_gram import stratum_gram
 from .stratum_solve import stratum_solve
@@ -11,6 +12,8 @@ from .stratum_solve import stratum_solve
 __all__ = [
     "backend_status",
     "describe_status",
+    "stratified_embedding_add",
+    "stratified_embedding_reduce",
     "stratum_combine",
     "stratum_gram",
     "stratum_solve",

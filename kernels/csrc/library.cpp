@@ -1,8 +1,8 @@
 // Schemas of all compiled ops, namespace `pinet_cpp`. Each op's own source registers its kernel.
 //
 // These are the raw kernels behind `torch.ops.pinet.*`: they write into tensors that the caller
-// allocated, and check only what would otherwise be undefined behaviour. Validation, fake kernels
-// and the public functions are in Python (`kernels/<op>/op.py`).
+// allocated, except where sizes depend on values, and check only what would otherwise be undefined
+// behaviour. Validation, fake kernels and the public functions are in Python (`kernels/<op>/op.py`).
 
 #include <torch/csrc/stable/library.h>
 
@@ -14,4 +14,10 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
   m.def(
       "stratum_combine(Tensor[] grads, Tensor weights, Tensor? scale, Tensor(a!)[] outs,"
       " int[] accumulate, Tensor[] rows, int[] row_of) -> ()");
+  m.def(
+      "stratified_embedding_reduce(Tensor[] ids, Tensor[] strata, Tensor[] grads, int num_strata,"
+      " int num_rows) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "stratified_embedding_add(Tensor(a!) dense, Tensor[] ids, Tensor[] strata, Tensor[] grads)"
+      " -> ()");
 }

@@ -1,0 +1,109 @@
+"""The contract of ``stratified_embedding`` in plain PyTorch: any device, any dtype."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pinet_fast.errors import InputError
+
+from .._registry import Backend
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def stratified_embedding_reduce_reference(
+    ids: Sequence[Tensor],
+    strata: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    num_strata: int,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows [U], values [S, U, ...] and touched [S, U].
+
+    Args:
+        ids: K >= 1 tensors int64 [N_k] in ``0..num_rows-1``.
+        strata: K tensors int64 [N_k] in ``0..num_strata-1``.
+        grads: K tensors [N_k, ...] of one floating dtype, any strides.
+        num_strata: S.
+        num_rows: V.
+    """
+    check_ranges(ids, strata, num_strata, num_rows)
+    rows, values, touched = _sum_wide(ids, strata, grads, num_strata)
+    return rows, values.to(grads[0].dtype), touched
+
+
+def stratified_embedding_add_reference(
+    dense: Tensor, ids: Sequence[Tensor], strata: Sequence[Tensor], grads: Sequence[Tensor]
+) -> None:
+    """Add the same sums to ``dense`` [S, V, ...], and nothing to what was not touched."""
+    if not grads:
+        return
+    num_strata, num_rows = dense.shape[:2]
+    check_ranges(ids, strata, num_strata, num_rows)
+    rows, values, touched = _sum_wide(ids, strata, grads, num_strata)
+    stratum, position = touched.nonzero(as_tuple=True)
+    place = (stratum, rows[position])
+    held = dense[place].to(values.dtype)
+    dense[place] = (held + values[stratum, position]).to(dense.dtype)
+
+
+def check_ranges(
+    ids: Sequence[Tensor], strata: Sequence[Tensor], num_strata: int, num_rows: int
+) -> None:
+    """Raise an InputError that names the first entry out of range, if there is one."""
+    for name, tensors, bound, what in (
+        ("ids", ids, num_rows, "rows of the table"),
+        ("strata", strata, num_strata, "strata"),
+    ):
+        for k, tensor in enumerate(tensors):
+            outside = (tensor < 0) | (tensor >= bound)
+            if outside.any():
+                n = int(outside.nonzero()[0])
+                raise InputError(
+                    f"stratified_embedding: {name}[{k}][{n}]: expected 0..{bound - 1}, got "
+                    f"{int(tensor[n])}; there are {bound} {what}"
+                )
+
+
+def _sum_wide(
+    ids: Sequence[Tensor], strata: Sequence[Tensor], grads: Sequence[Tensor], num_strata: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rows, values in float32 at least, touched."""
+    entries = torch.cat(list(grads))
+    wide = torch.promote_types(entries.dtype, torch.float32)
+    rows, position = torch.unique(torch.cat(list(ids)), return_inverse=True)
+    num_touched = rows.numel()
+    place = torch.cat(list(strata)) * num_touched + position
+    values = entries.new_zeros((num_strata * num_touched, *entries.shape[1:]), dtype=wide)
+    if values.device.type == "cpu":
+        values.index_add_(0, place, entries.to(wide))  # in the order of the entries
+    else:
+        values.index_put_((place,), entries.to(wide), accumulate=True)  # sorts, so no atomics
+    touched = torch.zeros(num_strata * num_touched, dtype=torch.bool, device=place.device)
+    touched[place] = True
+    return (
+        rows,
+        values.view(num_strata, num_touched, *entries.shape[1:]),
+        touched.view(num_strata, num_touched),
+    )
+
+
+REDUCE = Backend(
+    name="reference",
+    priority=0,
+    probe=lambda: None,
+    is_supported=lambda like: None,
+    impl=stratified_embedding_reduce_reference,
+)
+ADD = Backend(
+    name="reference",
+    priority=0,
+    probe=lambda: None,
+    is_supported=lambda like: None,
+    impl=stratified_embedding_add_reference,
+)
