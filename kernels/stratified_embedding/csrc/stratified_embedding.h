@@ -1,6 +1,6 @@
 // stratified_embedding: the gradients of lookups in an item table, summed by (stratum, item).
 //
-//     sums[s, v] = sum of grads[k][n] over all lists k and entries n with strata[k][n] = s, ids[k][n] = v
+//     sums[s, v] = sum of grads[k][n] over lists k, entries n with strata[k][n] = s, ids[k][n] = v
 //
 // ids      K tensors int64 [N_k], any stride, in [0, V), any order, repeated ones included.
 // strata   K tensors int64 [N_k], any stride, in [0, S).
@@ -14,14 +14,14 @@
 //
 // Ids and strata are checked before anything is written.
 //
-// Method. Entries are sorted by (row, stratum) by counting, in the order of the lists and stably; every
+// Method. Entries are sorted by (row, stratum) by counting, stably in the order of the lists; every
 // sum is then gathered in registers and written once. Counting needs the position of each distinct
 // id: by marking V bytes, or where V > 64 N by sorting the ids.
 //
-// Numerics. Every element is 0 + g_1 + g_2 + ..., in the order of the lists and their entries, in the
-// dtype of the gradient; `add` adds that to what `dense` held at last. No products: the bits depend
-// neither on threads nor on layout nor on the instruction set. A NaN or an infinity stays in its
-// (stratum, item) and its column.
+// Numerics. Every element is 0 + g_1 + g_2 + ..., in the order of the lists and their entries, in
+// the dtype of the gradient; `add` adds that to what `dense` held at last. No products: the bits
+// depend neither on threads nor on layout nor on the instruction set. A NaN or an infinity stays in
+// its (stratum, item) and its column.
 
 #pragma once
 
