@@ -5,16 +5,20 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 
 from ._registry import backend_status, describe_status
 from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
+from .stratified_norm import stratified_norm_backward
 from .stratum_combine import stratum_combine
 from .stratum_gram import stratum_gram
 from .stratum_solve import stratum_solve
+from .stratum_sums import stratum_sums
 
 __all__ = [
     "backend_status",
     "describe_status",
     "stratified_embedding_add",
     "stratified_embedding_reduce",
+    "stratified_norm_backward",
     "stratum_combine",
     "stratum_gram",
     "stratum_solve",
+    "stratum_sums",
 ]

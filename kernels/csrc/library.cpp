@@ -20,4 +20,9 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
   m.def(
       "stratified_embedding_add(Tensor(a!) dense, Tensor[] ids, Tensor[] strata, Tensor[] grads)"
       " -> ()");
+  m.def("stratum_sums(Tensor rows, Tensor ids, Tensor(a!) out) -> ()");
+  m.def(
+      "stratified_norm_backward(Tensor grad, Tensor rows, Tensor mean, Tensor rstd, Tensor? weight,"
+      " Tensor ids, int num_strata, Tensor(a!)? grad_rows, Tensor(b!)? grad_weight,"
+      " Tensor(c!)? grad_bias) -> ()");
 }

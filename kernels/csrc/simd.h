@@ -64,6 +64,35 @@ struct Lanes {
 };
 #endif
 
+// One number where vectors end.
+template <class T>
+struct OneLane {
+  using Vec = T;
+  static constexpr int kCount = 1;
+  static PINET_INLINE void add(double* sums, const Vec& x) { *sums += double(x); }
+};
+
+// Sum of the lanes, by halves: the order depends on the width alone.
+template <class L, class T>
+PINET_INLINE T sum_lanes(const typename L::Vec& x) {
+  T lanes[L::kCount];
+  std::memcpy(lanes, &x, sizeof(lanes));
+  if constexpr (L::kCount * sizeof(T) > 16) {
+    using Half = Lanes<T, L::kCount / 2 * sizeof(T)>;
+    typename Half::Vec low, high;
+    std::memcpy(&low, lanes, sizeof(low));
+    std::memcpy(&high, lanes + Half::kCount, sizeof(high));
+    low += high;
+    return sum_lanes<Half, T>(low);
+  } else if constexpr (L::kCount == 4) {
+    return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  } else if constexpr (L::kCount == 2) {
+    return lanes[0] + lanes[1];
+  } else {
+    return lanes[0];
+  }
+}
+
 // Level of the machine that runs this: 0 baseline, 1 AVX2 with FMA, 2 AVX-512.
 inline int isa_level() {
 #if PINET_HAS_X86_CHOICE

@@ -1,0 +1,32 @@
+// stratum_sums: the sum of the rows of every stratum.
+//
+//     out[s, c] = sum_{n: ids[n] = s} rows[n, c]
+//
+// rows  [N, D] float32 or float64, any strides; copied first where columns are not neighbours.
+// ids   [N] int64, contiguous, in [0, S), in any order.
+// out   [S, D] of the dtype of `rows`, contiguous; every element is written. Zero where a stratum is
+//       empty.
+//
+// Numerics. At most 32 rows of a stratum are summed in the dtype of `rows`, all above in float64, and
+// rounded once. A NaN or an infinity reaches the column of its stratum and nothing else.
+//
+// Determinism. See csrc/row_chunks.h: the same bits for any number of threads. The order of rows
+// inside a chunk is that of their strata, so sorting rows stably changes no more than where chunks end.
+
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+
+namespace pinet {
+
+constexpr int64_t kSumsBlock = 32;
+
+// Elements under which waking other threads costs more than it saves.
+constexpr int64_t kSumsSerial = 1 << 18;
+
+void stratum_sums_cpu(torch::stable::Tensor rows, torch::stable::Tensor ids,
+                      torch::stable::Tensor out);
+
+}  // namespace pinet
