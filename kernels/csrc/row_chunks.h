@@ -97,15 +97,13 @@ class RowsByStratum {
   // False where an id is not in [0, strata): then the rows must not be used.
   bool sort(const int64_t* ids, int64_t from, int64_t to, int64_t strata) {
     const int64_t n = to - from;
-    bool in_range = true, is_sorted = true;
-    for (int64_t r = from; r < to; ++r) in_range &= ids[r] >= 0 && ids[r] < strata;
-    for (int64_t r = from + 1; r < to; ++r) is_sorted &= ids[r - 1] <= ids[r];
-    if (!in_range) return false;
     rows_.resize(n);
-    if (is_sorted) {
+    if (std::is_sorted(ids + from, ids + to)) {
       for (int64_t i = 0; i < n; ++i) rows_[i] = from + i;
-      return true;
+      return n == 0 || (ids[from] >= 0 && ids[to - 1] < strata);
     }
+    for (int64_t r = from; r < to; ++r)
+      if (ids[r] < 0 || ids[r] >= strata) return false;
     starts_.assign(strata + 1, 0);
     for (int64_t r = from; r < to; ++r) ++starts_[ids[r] + 1];
     for (int64_t s = 0; s < strata; ++s) starts_[s + 1] += starts_[s];
@@ -119,8 +117,8 @@ class RowsByStratum {
     const int64_t end = static_cast<int64_t>(rows_.size());
     for (int64_t at = 0; at < end;) {
       const int64_t stratum = ids[rows_[at]];
-      int64_t n = 1;
-      while (n < most && at + n < end && ids[rows_[at + n]] == stratum) ++n;
+      int64_t n = std::min(most, end - at);
+      while (ids[rows_[at + n - 1]] != stratum) --n;  // strata ascend: the last row tells
       work(stratum, rows_.data() + at, n);
       at += n;
     }

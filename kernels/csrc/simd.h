@@ -72,6 +72,22 @@ struct OneLane {
   static PINET_INLINE void add(double* sums, const Vec& x) { *sums += double(x); }
 };
 
+// Adds the lanes to as many float64 sums, one register of those at a time: Lanes::add goes through
+// memory where these take two.
+template <class L, class T>
+PINET_INLINE void add_lanes(double* sums, const typename L::Vec& x) {
+  if constexpr (L::kCount * sizeof(double) <= 16 || sizeof(T) == sizeof(double)) {
+    L::add(sums, x);
+  } else {
+    using Half = Lanes<T, L::kCount / 2 * sizeof(T)>;
+    for (int i = 0; i < 2; ++i) {
+      typename Half::Vec half;
+      std::memcpy(&half, reinterpret_cast<const char*>(&x) + i * sizeof(half), sizeof(half));
+      Half::add(sums + i * Half::kCount, half);
+    }
+  }
+}
+
 // Sum of the lanes, by halves: the order depends on the width alone.
 template <class L, class T>
 PINET_INLINE T sum_lanes(const typename L::Vec& x) {

@@ -200,7 +200,7 @@ def _outputs(
     dtype = torch.float32 if rows.dtype in _HALF else rows.dtype
     shape = (num_strata, rows.shape[1])
     return (
-        rows.new_empty(rows.shape) if need_rows else None,
+        torch.empty_like(rows, memory_format=torch.contiguous_format) if need_rows else None,
         rows.new_empty(shape, dtype=dtype) if need_weight else None,
         rows.new_empty(shape, dtype=dtype) if need_bias else None,
     )

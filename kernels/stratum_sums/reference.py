@@ -28,7 +28,8 @@ def stratum_sums_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
     height = max(elements // max(rows.shape[1], 1), 1)
     for s in range(out.shape[0]):
         total = torch.zeros(out.shape[1:], dtype=torch.float64, device=out.device)
-        for part, where in zip(rows.split(height), ids.split(height), strict=True):
+        for start in range(0, rows.shape[0], height):
+            part, where = rows[start : start + height], ids[start : start + height]
             # Not a product with a mask or a matrix: 0 * NaN would spread to other strata.
             total += torch.where((where == s).unsqueeze(1), part.double(), 0.0).sum(0)
         out[s].copy_(total)

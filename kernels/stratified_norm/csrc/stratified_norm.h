@@ -15,7 +15,7 @@
 //              `rows`, each may be left out, what is given is fully written. Zero where a stratum is
 //              empty.
 //
-// Numerics. Everything within a row is in the dtype of `rows`. Sums over rows: at most 32 of a
+// Numerics. Everything within a row is in the dtype of `rows`. Sums over rows: at most 16 of a
 // stratum in that dtype, all above in float64, rounded once. A NaN or an infinity stays in its row,
 // and in the columns of its stratum.
 //
@@ -31,7 +31,7 @@
 
 namespace pinet {
 
-constexpr int kNormBlock = 32;
+constexpr int kNormBlock = 16;
 
 // Elements under which waking other threads costs more than it saves.
 constexpr int64_t kNormSerial = 1 << 16;

@@ -114,8 +114,8 @@ PINET_INLINE void write_columns(const Norm<T>& norm, const Block<T>& block, int6
     }
   }
   for (int v = 0; kSums && v < kVectors; ++v) {
-    L::add(sums + at + v * L::kCount, for_weight[v]);
-    L::add(sums + norm.width + at + v * L::kCount, for_bias[v]);
+    add_lanes<L, T>(sums + at + v * L::kCount, for_weight[v]);
+    add_lanes<L, T>(sums + norm.width + at + v * L::kCount, for_bias[v]);
   }
 }
 

@@ -49,7 +49,7 @@ PINET_INLINE void add_columns(const Matrix<T>& x, const int64_t* rows, int64_t n
   }
   for (int v = 0; v < kVectors; ++v) {
     even[v] += odd[v];
-    L::add(sums + at + v * L::kCount, even[v]);
+    add_lanes<L, T>(sums + at + v * L::kCount, even[v]);
   }
 }
 
