@@ -18,6 +18,10 @@ gram = k.stratum_gram(grads, backend={backend!r})
 weights = k.stratum_solve(gram.sum(0), "mgda", backend={backend!r})
 out = torch.full((2,), torch.nan)
 k.stratum_combine(grads, weights, [out], backend={backend!r})
+assert k.stratum_sums(grads[0], torch.tensor([0, 0]), 1, backend={backend!r}).tolist() == [[3, 3]]
+norm = [torch.ones(2, 2), grads[0], torch.tensor([1.5, 1.5]), torch.tensor([2., 2.]), None]
+norm = k.stratified_norm_backward(*norm, torch.tensor([1, 0]), 2, backend={backend!r})
+assert norm[1].tolist() == [[1, -1], [-1, 1]]
 print(gram.tolist(), weights.tolist(), out.tolist())
 """
 RESULT = "[[[5.0, 4.0], [4.0, 5.0]]] [0.5, 0.5] [1.5, 1.5]"
@@ -88,6 +92,9 @@ def test_wheel_without_a_compiler_holds_the_kernels_and_no_library(sources, tmp_
     names = wheel.namelist()
     assert "no C++ compiler was found" in log
     for op in ("stratum_gram", "stratum_solve", "stratum_combine", "stratified_embedding"):
+    ops = {"stratum_gram", "stratum_solve", "stratum_combine"}
+    ops |= {"stratified_norm", "stratum_sums"}
+    for op in ops:
         assert f"pinet_fast/kernels/{op}/op.py" in names
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
     if has_compiler():  # installed later, and the build folder still there
