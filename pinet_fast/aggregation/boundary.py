@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pinet_fast.aggregation.rows import row_tensor
+from pinet_fast.kernels import stratified_norm_backward, stratum_sums
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
@@ -48,13 +49,6 @@ def stratum_weight_gradients(grad: Tensor, rows: Tensor, groups: RowGroups) -> T
     for s, (g, x) in enumerate(zip(groups.split(grad), groups.split(rows), strict=True)):
         torch.mm(g.t(), x, out=out[s])
     return out
-
-
-def stratum_sums(rows: Tensor, groups: RowGroups) -> Tensor:
-    """Return the sum of the rows of every stratum: [N, ...] to [S, ...]."""
-    # bf16 rows of an autocast region are summed, and kept, in float32.
-    dtype = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else rows.dtype
-    return torch.stack([part.sum(0, dtype=dtype) for part in groups.split(rows)])
 
 
 def folding(rows: Tensor, weight: Tensor) -> Tensor:
@@ -98,7 +92,9 @@ class StratifiedLinear(torch.autograd.Function):
         weight_strata = (
             stratum_weight_gradients(flat_grad, flat_rows, ctx.groups) if needs[3] else None
         )
-        bias_strata = stratum_sums(flat_grad, ctx.groups) if needs[4] else None
+        bias_strata = (
+            stratum_sums(flat_grad, ctx.groups.ids, ctx.groups.num_strata) if needs[4] else None
+        )
         return grad_rows, grad_weight, grad_bias, weight_strata, bias_strata, None, None
 
 
@@ -146,6 +142,7 @@ class StratifiedLayerNorm(torch.autograd.Function):
         layout: RowLayout,
     ) -> Tensor:
         out, mean, rstd = torch.native_layer_norm(rows, normalized_shape, weight, bias, eps)
+        # One more than the op replaced, which saves the shift too; see above.
         ctx.save_for_backward(rows, mean, rstd, weight, bias, mean)
         ctx.normalized_shape = normalized_shape
         ctx.groups = groups
@@ -155,32 +152,30 @@ class StratifiedLayerNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, mean, rstd, weight, bias, _ = ctx.saved_tensors
+        rows, mean, rstd, weight, _, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        shape = ctx.normalized_shape
-        backward = torch.ops.aten.native_layer_norm_backward
-        grad_rows, grad_weight, grad_bias = backward(
-            grad, rows, shape, mean, rstd, weight, bias, [needs[0], needs[2], needs[3]]
+        dims, groups = len(ctx.normalized_shape), ctx.groups
+        grad_rows, weight_strata, bias_strata = stratified_norm_backward(
+            row_tensor(grad, dims).flatten(1),
+            row_tensor(rows, dims).flatten(1),
+            mean.flatten(),
+            rstd.flatten(),
+            None if weight is None else weight.flatten(),
+            groups.ids,
+            groups.num_strata,
+            need_rows=needs[0],
+            need_weight=needs[2] or needs[4],
+            need_bias=needs[3] or needs[5],
         )
-        weight_strata = bias_strata = None
-        if needs[4] or needs[5]:
-            split = ctx.groups.split
-            dims = len(shape)
-            parts = zip(
-                split(row_tensor(grad, dims)),
-                split(row_tensor(rows, dims)),
-                # Statistics are [..., 1, ..., 1]: as many ones as there are normalised dimensions.
-                split(row_tensor(mean, dims)),
-                split(row_tensor(rstd, dims)),
-                strict=True,
-            )
-            wanted = [False, needs[4], needs[5]]
-            sums = [backward(g, x, shape, m, r, weight, bias, wanted)[1:] for g, x, m, r in parts]
-            if needs[4]:
-                weight_strata = torch.stack([weight_sum for weight_sum, _ in sums])
-            if needs[5]:
-                bias_strata = torch.stack([bias_sum for _, bias_sum in sums])
-        return grad_rows, None, grad_weight, grad_bias, weight_strata, bias_strata, None, None, None
+        # A scale or shift that is not the optimizer's gets its ordinary gradient.
+        whole: list[Tensor | None] = []
+        apart: list[Tensor | None] = []
+        for i, sums in enumerate((weight_strata, bias_strata)):
+            parts = None if sums is None else sums.view(-1, *ctx.normalized_shape)
+            whole.append(None if parts is None or not needs[2 + i] else parts.sum(0))
+            apart.append(None if not needs[4 + i] else parts)
+        grad_rows = None if grad_rows is None else grad_rows.view_as(rows)
+        return grad_rows, None, *whole, *apart, None, None, None
 
 
 class StratifiedBroadcast(torch.autograd.Function):

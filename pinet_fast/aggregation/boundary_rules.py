@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -214,7 +213,6 @@ def bind(
     return [bound[name] if name in bound else defaults[name] for name in names]
 
 
-@functools.cache
 def default_rules() -> dict[Any, BoundaryRule]:
     """Return the boundary rules by torch function."""
     # They use bind of this file.

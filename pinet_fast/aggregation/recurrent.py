@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pinet_fast.aggregation.boundary import stratum_sums, stratum_weight_gradients
+from pinet_fast.aggregation.boundary import stratum_weight_gradients
+from pinet_fast.kernels import stratum_sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +108,7 @@ class StratifiedRecurrent(torch.autograd.Function):
             elif i < 2:
                 grads.append(stratum_weight_gradients(gate, factor, ctx.groups))
             else:
-                grads.append(stratum_sums(gate, ctx.groups))
+                grads.append(stratum_sums(gate, ctx.groups.ids, ctx.groups.num_strata))
         states = back.first_hidden, back.first_cell
         return None, None, for_rows, *states, None, None, None, *grads
 

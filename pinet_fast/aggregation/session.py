@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pinet_fast.aggregation.boundary_rules import default_rules
 from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.interception import Interception
 from pinet_fast.aggregation.leaves import Collected, VirtualLeaves
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.losses import LossRows, ScalarLoss, StratumLosses
     from pinet_fast.aggregation.slice_rule import SliceProof
     from pinet_fast.aggregation.strata_index import StrataIndex
+
+
+_RULES = default_rules()
 
 
 class _BackwardGuard:
@@ -76,8 +80,6 @@ class Session:
         declared: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
         on_scalar: Callable[[], None] | None = None,
     ) -> None:
-        from pinet_fast.aggregation.boundary_rules import default_rules
-
         self.parameters = parameters
         self.names = names
         self.strata = strata
@@ -97,7 +99,7 @@ class Session:
         if intercept:
             self.interception = Interception(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
-                rules=default_rules(), slice_proofs=slice_proofs,
+                rules=_RULES, slice_proofs=slice_proofs,
                 takes_scalars=on_scalar is not None,
             )  # fmt: skip
 

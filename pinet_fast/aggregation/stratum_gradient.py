@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pinet_fast.kernels import stratified_embedding_add, stratified_embedding_reduce
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -75,30 +77,17 @@ def from_lookups(
         dense: [S, V, d] or None.
         is_sparse: The parameter's own gradient is sparse where ``dense`` is None.
     """
-    indices = torch.cat([g._indices() for g in lookups], dim=1)
-    values = torch.cat([g._values() for g in lookups])
-    strata, ids = indices[0], indices[1]
+    ids = [g._indices()[1] for g in lookups]
+    strata = [g._indices()[0] for g in lookups]
+    values = [g._values() for g in lookups]
     if dense is not None:
-        num_strata, num_rows, *rest = dense.shape
-        flat = dense.reshape(num_strata * num_rows, *rest)
-        if flat.data_ptr() == dense.data_ptr():
-            flat = flat.clone()  # a gradient may be shared with another holder
-        flat.index_add_(0, strata * num_rows + ids, values)
-        return StratumGradient(flat.view(num_strata, num_rows, *rest))
+        # A gradient may be expanded, or shared with another holder.
+        dense = dense.clone(memory_format=torch.contiguous_format)
+        stratified_embedding_add(dense, ids, strata, values)
+        return StratumGradient(dense)
     num_strata, num_rows = lookups[0].shape[:2]
-    rows, position = distinct_rows(ids, num_rows)
-    num_touched = rows.numel()
-    place = strata * num_touched + position
-    compact = values.new_zeros((num_strata * num_touched, *values.shape[1:]))
-    compact.index_add_(0, place, values)
-    touched = torch.zeros(num_strata * num_touched, dtype=torch.bool, device=ids.device)
-    touched[place] = True
-    return StratumGradient(
-        compact.view(num_strata, num_touched, *values.shape[1:]),
-        rows,
-        touched.view(num_strata, num_touched),
-        is_sparse,
-    )
+    rows, sums, touched = stratified_embedding_reduce(ids, strata, values, num_strata, num_rows)
+    return StratumGradient(sums, rows, touched, is_sparse)
 
 
 def distinct_rows(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

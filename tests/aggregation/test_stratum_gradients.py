@@ -49,9 +49,9 @@ def assert_exact(
         for s in range(strata.num_strata):
             scale = float(theirs.abs().max())
             error = float((mine[s] - theirs[s]).abs().max())
-            # A gradient that is zero but for rounding (key biases under softmax) has no relative
-            # error; the model's largest gradient is the yardstick.
-            floor = max(scale, 1e-3 * max(float(e.abs().max()) for e in expected))
+            # A gradient that is zero but for rounding (key biases under softmax, what lies below a
+            # norm of two features) has no relative error; the largest gradient is the yardstick.
+            floor = max(scale, 1e-2 * max(float(e.abs().max()) for e in expected))
             assert error <= TOL[dtype] * floor, (name, s, error / floor)
 
 
