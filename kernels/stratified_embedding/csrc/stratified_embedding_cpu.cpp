@@ -4,11 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <utility>
 
+#include "lookup_plan.h"
 #include "simd.h"
 #include "stratified_embedding.h"
 
@@ -19,26 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kUnroll = 4;          // registers of sums: 64 columns of float32 with AVX-512
-constexpr int64_t kAhead = 8;       // entries between prefetch and use
 constexpr int64_t kLineBytes = 64;  // columns are cut there, so that threads share no line
-
-// One list of lookups.
-struct List {
-  const int64_t* ids;
-  const int64_t* strata;
-  int64_t id_stride, stratum_stride;
-  const char* grads;
-  int64_t grad_bytes;  // between entries
-  int64_t count;
-};
-
-// Entries sorted by cell, (row, stratum) with the stratum running fastest.
-struct Plan {
-  std::vector<int64_t> rows;                // [U], ascending
-  std::unique_ptr<int64_t[]> starts;        // [U * S + 1]: of every cell in `order`
-  std::unique_ptr<const char*[]> order;     // [N + kAhead]: where the gradient of an entry lies
-  int64_t num_entries = 0;
-};
 
 // Where the sums go; strides in elements.
 struct Target {
@@ -48,97 +27,6 @@ struct Target {
   bool is_added;  // to rows of the table, else written to compact rows
   bool is_double;
 };
-
-// Calls visit(entry, id, stratum, gradient) in the order of the lists.
-template <class Visit>
-PINET_INLINE void for_each_entry(const std::vector<List>& lists, const Visit& visit) {
-  int64_t entry = 0;
-  for (const List& list : lists)
-    for (int64_t n = 0; n < list.count; ++n)
-      visit(entry++, list.ids[n * list.id_stride], list.strata[n * list.stratum_stride],
-            list.grads + n * list.grad_bytes);
-}
-
-bool is_inside(int64_t x, int64_t bound) {
-  return static_cast<uint64_t>(x) < static_cast<uint64_t>(bound);
-}
-
-// Both write the distinct ids into `rows` and the cell of every entry, and return whether all ids
-// and strata were in range; if not, they stop there.
-bool find_cells_by_marks(const std::vector<List>& lists, int64_t num_strata, int64_t num_rows,
-                         int64_t* cell, std::vector<int64_t>& rows) {
-  constexpr int64_t kWord = sizeof(uint64_t);
-  const int64_t padded = (num_rows + kWord - 1) / kWord * kWord;
-  std::vector<unsigned char> marks(padded + 1, 0);  // the last one takes ids out of range
-  bool is_valid = true;
-  for_each_entry(lists, [&](int64_t, int64_t id, int64_t stratum, const char*) {
-    const bool is_row = is_inside(id, num_rows);
-    is_valid &= is_row && is_inside(stratum, num_strata);
-    marks[is_row ? id : padded] = 1;
-  });
-  if (!is_valid) return false;
-  std::unique_ptr<int64_t[]> first_cell(new int64_t[num_rows]);
-  for (int64_t from = 0; from < padded; from += kWord) {
-    uint64_t word;
-    std::memcpy(&word, marks.data() + from, kWord);
-    if (word == 0) continue;
-    for (int64_t v = from; v < from + kWord; ++v) {
-      if (marks[v] == 0) continue;
-      first_cell[v] = static_cast<int64_t>(rows.size()) * num_strata;
-      rows.push_back(v);
-    }
-  }
-  for_each_entry(lists, [&](int64_t entry, int64_t id, int64_t stratum, const char*) {
-    cell[entry] = first_cell[id] + stratum;
-  });
-  return true;
-}
-
-bool find_cells_by_sorting(const std::vector<List>& lists, int64_t num_strata, int64_t num_rows,
-                           int64_t num_entries, int64_t* cell, std::vector<int64_t>& rows) {
-  std::vector<std::pair<int64_t, int64_t>> entries(num_entries);
-  bool is_valid = true;
-  for_each_entry(lists, [&](int64_t entry, int64_t id, int64_t stratum, const char*) {
-    is_valid &= is_inside(id, num_rows) && is_inside(stratum, num_strata);
-    entries[entry] = {id, entry};
-    cell[entry] = stratum;
-  });
-  if (!is_valid) return false;
-  std::sort(entries.begin(), entries.end());
-  for (const auto& [id, entry] : entries) {
-    if (rows.empty() || rows.back() != id) rows.push_back(id);
-    cell[entry] += (static_cast<int64_t>(rows.size()) - 1) * num_strata;
-  }
-  return true;
-}
-
-Plan make_plan(const std::vector<List>& lists, int64_t num_strata, int64_t num_rows) {
-  Plan plan;
-  for (const List& list : lists) plan.num_entries += list.count;
-  const int64_t num_entries = plan.num_entries;
-  std::unique_ptr<int64_t[]> cell(new int64_t[num_entries]);
-  const bool is_valid =
-      num_rows / kMarkedRowsPerEntry > num_entries
-          ? find_cells_by_sorting(lists, num_strata, num_rows, num_entries, cell.get(), plan.rows)
-          : find_cells_by_marks(lists, num_strata, num_rows, cell.get(), plan.rows);
-  STD_TORCH_CHECK(is_valid, "pinet_cpp::stratified_embedding: ids must be in [0, ", num_rows,
-                  ") and strata in [0, ", num_strata, ")");
-  const int64_t num_cells = static_cast<int64_t>(plan.rows.size()) * num_strata;
-  // Counted two cells further on: after the prefix sum starts[c + 1] is the start of c, and after
-  // the entries were placed its end.
-  plan.starts.reset(new int64_t[num_cells + 2]());
-  int64_t* starts = plan.starts.get();
-  for (int64_t entry = 0; entry < num_entries; ++entry) ++starts[cell[entry] + 2];
-  for (int64_t c = 2, sum = 0; c < num_cells + 2; ++c) starts[c] = sum += starts[c];
-  plan.order.reset(new const char*[num_entries + kAhead]);
-  const char** order = plan.order.get();
-  for_each_entry(lists, [&](int64_t entry, int64_t, int64_t, const char* grad) {
-    order[starts[cell[entry] + 1]++] = grad;
-  });
-  // What is fetched ahead of the last entries.
-  std::fill(order + num_entries, order + num_entries + kAhead, num_entries > 0 ? order[0] : nullptr);
-  return plan;
-}
 
 // The sum of `count` entries, kVectors vectors from `offset` bytes into each, 0 if there is none.
 template <class T, class V, int kVectors, bool kAdd>
@@ -213,7 +101,7 @@ struct Task {
 };
 
 template <class Isa, class T>
-PINET_INLINE void run_task(const Plan& plan, const Target& target, const Task& task) {
+PINET_INLINE void run_task(const LookupPlan& plan, const Target& target, const Task& task) {
   const int64_t* starts = plan.starts.get() + task.from * target.num_strata;
   for (int64_t u = task.from; u < task.to; ++u) {
     const int64_t row = target.is_added ? plan.rows[u] : u;
@@ -231,7 +119,7 @@ PINET_INLINE void run_task(const Plan& plan, const Target& target, const Task& t
 }
 
 template <class Isa>
-PINET_INLINE void run_typed(const Plan& plan, const Target& target, const Task& task) {
+PINET_INLINE void run_typed(const LookupPlan& plan, const Target& target, const Task& task) {
   if (target.is_double) {
     run_task<Isa, double>(plan, target, task);
   } else {
@@ -239,11 +127,11 @@ PINET_INLINE void run_typed(const Plan& plan, const Target& target, const Task& 
   }
 }
 
-PINET_FOR_EACH_ISA(run, run_typed, (const Plan& plan, const Target& target, const Task& task),
+PINET_FOR_EACH_ISA(run, run_typed, (const LookupPlan& plan, const Target& target, const Task& task),
                    (plan, target, task))
 
 // Equal shares of what is read and written; a row with more than one share is cut by columns.
-std::vector<Task> make_tasks(const Plan& plan, const Target& target) {
+std::vector<Task> make_tasks(const LookupPlan& plan, const Target& target) {
   std::vector<Task> tasks;
   const int64_t num_rows = static_cast<int64_t>(plan.rows.size());
   const int64_t width = target.width;
@@ -275,7 +163,7 @@ std::vector<Task> make_tasks(const Plan& plan, const Target& target) {
 }
 
 // Threads take tasks as they come: no two write the same element.
-void run_tasks(const Plan& plan, const Target& target) {
+void run_tasks(const LookupPlan& plan, const Target& target) {
   const std::vector<Task> tasks = make_tasks(plan, target);
   std::atomic<size_t> next{0};
   auto work = [&](int64_t, int64_t) {
@@ -306,14 +194,15 @@ bool is_index(const Tensor& x, int64_t count) {
 }
 
 // Makes the rows of `grads` contiguous where they are not; the tensors own what the lists point to.
-std::vector<List> make_lists(const std::vector<Tensor>& ids, const std::vector<Tensor>& strata,
-                             std::vector<Tensor>& grads, const Tensor& like, int64_t row_from) {
+std::vector<LookupList> make_lists(const std::vector<Tensor>& ids,
+                                   const std::vector<Tensor>& strata, std::vector<Tensor>& grads,
+                                   const Tensor& like, int64_t row_from) {
   STD_TORCH_CHECK(ids.size() == grads.size() && strata.size() == grads.size(),
                   "pinet_cpp::stratified_embedding: as many ids, strata and grads expected");
   const ScalarType dtype = like.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
                   "pinet_cpp::stratified_embedding: float32 or float64 expected");
-  std::vector<List> lists;
+  std::vector<LookupList> lists;
   for (size_t k = 0; k < grads.size(); ++k) {
     Tensor& grad = grads[k];
     bool fits = grad.is_cpu() && grad.scalar_type() == dtype && grad.dim() >= 1 &&
@@ -343,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> stratified_embedding_reduce_cpu(std::vector<T
   STD_TORCH_CHECK(!grads.empty() && grads[0].dim() >= 1 && num_strata >= 1 && num_rows >= 0,
                   "pinet_cpp::stratified_embedding_reduce: a gradient [N, ...] expected");
   const Tensor like = grads[0];
-  const std::vector<List> lists = make_lists(ids, strata, grads, like, 1);
-  const Plan plan = make_plan(lists, num_strata, num_rows);
+  const std::vector<LookupList> lists = make_lists(ids, strata, grads, like, 1);
+  const LookupPlan plan = make_plan(lists, num_strata, num_rows);
 
   const int64_t num_touched = static_cast<int64_t>(plan.rows.size());
   std::vector<int64_t> shape{num_strata, num_touched};
@@ -372,8 +261,8 @@ void stratified_embedding_add_cpu(Tensor dense, std::vector<Tensor> ids, std::ve
                                   std::vector<Tensor> grads) {
   STD_TORCH_CHECK(dense.is_cpu() && dense.dim() >= 2,
                   "pinet_cpp::stratified_embedding_add: dense must be a CPU tensor [S, V, ...]");
-  const std::vector<List> lists = make_lists(ids, strata, grads, dense, 2);
-  const Plan plan = make_plan(lists, dense.size(0), dense.size(1));
+  const std::vector<LookupList> lists = make_lists(ids, strata, grads, dense, 2);
+  const LookupPlan plan = make_plan(lists, dense.size(0), dense.size(1));
   Tensor target = has_contiguous_rows(dense, 2) ? dense : torch::stable::contiguous(dense);
   int64_t width = 1;
   for (int64_t d = 2; d < dense.dim(); ++d) width *= dense.size(d);
