@@ -7,6 +7,7 @@ the last 200 events of each. The other builders are written here after what thei
 from __future__ import annotations
 
 import ctypes
+import itertools
 import queue
 import shutil
 import subprocess
@@ -65,12 +66,14 @@ def case() -> Case:
 class Gather:
     """Calls a pair of kernels on one batch after the other, into the same memory."""
 
-    def __init__(self, case: Case, plan: Callable[..., None], gather: Callable[..., None]) -> None:
+    def __init__(
+        self, case: Case, plan: Callable[..., None], gather: Callable[..., None], first: int = 0
+    ) -> None:
         self.case, self.plan, self.gather = case, plan, gather
         self.parts = [np.empty(BATCH, np.int64) for _ in range(3)]
         self.offsets, self.ids = np.empty(BATCH + 1, np.int64), np.empty(BATCH, np.int64)
         self.out = np.empty(BATCH * MAX_LEN, np.int32)
-        self.next = 0
+        self.next = first
 
     def batch(self, users: np.ndarray) -> np.ndarray:
         """Return the events of the windows of some users."""
@@ -83,13 +86,27 @@ class Gather:
         return self.out[: self.offsets[-1]]
 
     def __call__(self) -> None:
-        """Gather the next batch: short against a time slice of a busy machine."""
+        """Gather the next batch."""
         self.batch(self.case.batches[self.next % len(self.case.batches)])
         self.next += 1
 
 
 def fast(case: Case) -> Gather:
     return Gather(case, _prefetch.plan, _prefetch.gather)
+
+
+FAR = 180  # batches ahead of the other, who must not find the lines that the first one read
+STREAM = 20  # batches in a turn: a loader builds one after the other, and caches are warm for it
+
+
+def stream(build: Callable[[], object]) -> Callable[[], None]:
+    """Return a turn of a pair: several batches in a row."""
+
+    def turn() -> None:
+        for _ in range(STREAM):
+            build()
+
+    return turn
 
 
 def windows(case: Case, users: np.ndarray) -> list[np.ndarray]:
@@ -105,12 +122,12 @@ def events_of(case: Case) -> float:
 
 def test_gather_over_plain_loop(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
     benchmark.group = "gather"
-    mine, plain = fast(case), Gather(case, _njit.plan, _njit.gather)
+    mine, plain = fast(case), Gather(case, _njit.plan, _njit.gather, first=FAR)
     for users in case.batches[:3]:
         expected = np.concatenate(windows(case, users))
         assert (mine.batch(users) == expected).all()
         assert (plain.batch(users) == expected).all()
-    paired(mine, plain, rounds=200)
+    paired(stream(mine), stream(plain), rounds=100)
 
 
 def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
@@ -123,7 +140,7 @@ def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: A
         first = next(places) * 7919 % num_blocks * size  # a prime: blocks that do not adjoin
         np.copyto(target, case.items[first : first + size])
 
-    paired(fast(case), copy, rounds=200)
+    paired(stream(fast(case)), stream(copy), rounds=100)
 
 
 def test_gather_over_floor(case: Case, benchmark: Any, capsys: Any, tmp_path: Path) -> None:
@@ -199,12 +216,16 @@ def padded_from_lists(sequences: list[list[int]], users: np.ndarray) -> torch.Te
 
 def test_gather_over_rectools_style(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
     benchmark.group = "gather"
-    users = case.batches[0]
-    sequences = dict(zip(users.tolist(), (w.tolist() for w in windows(case, users)), strict=True))
-    mine = fast(case)
-    rows = padded_from_lists(sequences, users)
-    assert (rows[rows > 0].numpy() == mine.batch(users)).all()
-    paired(lambda: mine.batch(users), lambda: padded_from_lists(sequences, users), rounds=15)
+    theirs = case.batches[FAR : FAR + 20]
+    sequences = {
+        user: window.tolist()
+        for users in theirs
+        for user, window in zip(users.tolist(), windows(case, users), strict=True)
+    }
+    mine, turn = fast(case), itertools.cycle(theirs)
+    rows = padded_from_lists(sequences, theirs[0])
+    assert (rows[rows > 0].numpy() == mine.batch(theirs[0])).all()
+    paired(stream(mine), stream(lambda: padded_from_lists(sequences, next(turn))), rounds=15)
 
 
 def padded_by_mask(items: torch.Tensor, offsets: torch.Tensor, users: torch.Tensor) -> Any:
@@ -219,18 +240,15 @@ def padded_by_mask(items: torch.Tensor, offsets: torch.Tensor, users: torch.Tens
 
 def test_gather_over_replay_style(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
     benchmark.group = "gather"
-    mine, users = fast(case), torch.from_numpy(case.batches[0])
+    mine, turn = fast(case), itertools.cycle(torch.from_numpy(case.batches[FAR:]))
+    users = next(turn)
     items, offsets = torch.from_numpy(case.items), torch.from_numpy(case.offsets)
     rows, mask = padded_by_mask(items, offsets, users)
     assert (rows[mask].numpy() == mine.batch(users.numpy())).all()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        paired(
-            lambda: mine.batch(users.numpy()),
-            lambda: padded_by_mask(items, offsets, users),
-            rounds=15,
-        )
+        paired(stream(mine), stream(lambda: padded_by_mask(items, offsets, next(turn))), rounds=30)
     finally:
         torch.set_num_threads(threads)
 
