@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Lower may not import higher; equals may, where listed.
 TIERS = {
-    "errors": 0, "_env": 0, "_atomic": 0,
+    "errors": 0, "_env": 0, "_atomic": 0, "_allocator": 0,
     "profiling": 1,
     "kernels": 2,
     "aggregation": 3, "rules": 4, "data": 3, "heads": 3, "models": 3,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pinet_fast import profiling
+from pinet_fast._allocator import keep_freed_memory
 from pinet_fast.aggregation.combination import Absent, Combination, reported_losses
 from pinet_fast.aggregation.envelope import eager_modules, refuse_outside_envelope
 from pinet_fast.aggregation.gradient_calls import replay
@@ -120,6 +121,7 @@ class GradientAggregator(Optimizer):
             raise ConfigError(f'mode: expected "one-pass" or "exact", got {mode!r}')
         if report_every is not None and report_every < 1:
             raise ConfigError(f"report_every: expected a number >= 1, got {report_every}")
+        keep_freed_memory()
         super().__init__(inner.param_groups, inner.defaults)
         self.inner: Optimizer = inner
         self.rule: Rule = by_name(rule)
