@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from pinet_fast.aggregation.boundary import (
 )
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
 from pinet_fast.errors import BoundaryError
+
+if TYPE_CHECKING:
+    from pinet_fast.aggregation.leaves import Root
 
 Func = Callable[..., Any]
 Args = tuple[Any, ...]
@@ -62,7 +65,7 @@ def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
         return mode.derive(func, args, kwargs)
     leaf = mode.dense_leaf(root, "matmul", layout)
     groups = mode.rows.groups_of(layout, shape)
-    rows, matrix = autocast(rows, weight.detach())
+    rows, matrix = autocast(rows, root.detached())
     return apply(StratifiedMatmul, rows, matrix, leaf, groups, layout)
 
 
@@ -127,9 +130,7 @@ def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
         term = mode.term_leaf(root, op, layout)
         leaf = term.leaf
     groups = mode.rows.groups_along(layout)
-    return apply(
-        StratifiedBroadcast, rows, parameter.detach(), leaf, multiply, groups, layout, term
-    )
+    return apply(StratifiedBroadcast, rows, root.detached(), leaf, multiply, groups, layout, term)
 
 
 def _broadcast_shape(rows: torch.Size, parameter: torch.Size) -> torch.Size:
@@ -152,7 +153,7 @@ def _prelu(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
         return mode.derive(func, args, kwargs)
     leaf = mode.dense_leaf(root, "prelu", layout)
     groups = mode.rows.groups_along(layout)
-    rows, slope = autocast(rows, weight.detach())
+    rows, slope = autocast(rows, root.detached())
     return apply(StratifiedPReLU, rows, slope, leaf, groups, layout)
 
 
@@ -174,9 +175,9 @@ def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
     return rows.copy_(beside)
 
 
-def _detached(value: Tensor | None, root: object | None) -> Tensor | None:
+def _detached(value: Tensor | None, root: Root | None) -> Tensor | None:
     """Keep a parameter out of the graph; leave other tensors in it, with their own gradient."""
-    return value.detach() if value is not None and root is not None else value
+    return value if root is None else root.detached()
 
 
 def autocast(*tensors: Any) -> list[Any]:
@@ -184,6 +185,8 @@ def autocast(*tensors: Any) -> list[Any]:
 
     Done outside the op, so that its backward runs in the dtypes that it saved, as torch's does.
     """
+    if not torch._C._is_any_autocast_enabled():
+        return list(tensors)
     kind = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(kind):
         return list(tensors)

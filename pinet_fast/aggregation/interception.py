@@ -97,6 +97,10 @@ class Interception(TorchFunctionMode):
             id(p): Root(p, (i,), is_parameter=True) for i, p in enumerate(parameters)
         }
 
+    def prepare(self, positions: Sequence[int]) -> None:
+        """Make the leaves of parameters that the last forward used densely."""
+        self.leaves.prepare(self._roots[id(self.parameters[i])] for i in positions)
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

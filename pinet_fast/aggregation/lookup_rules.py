@@ -49,9 +49,8 @@ def _lookup(
     padding = None if padding_idx is None else padding_idx % table.shape[0]
     leaf = mode.lookup_leaf(root, "embedding", layout, is_sparse)
     strata = mode.rows.groups_of(layout, tuple(ids.shape)).ids
-    return apply(
-        StratifiedEmbedding, ids, table.detach(), leaf, padding, is_sparse, strata, layout, indexing
-    )
+    rows = root.detached()
+    return apply(StratifiedEmbedding, ids, rows, leaf, padding, is_sparse, strata, layout, indexing)
 
 
 def _getitem(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,7 +113,7 @@ def _embedding_bag(
     leaf = mode.lookup_leaf(root, "embedding_bag", layout, is_sparse)
     strata = mode.rows.groups_of(layout, (bounds.numel(),)).ids
     return apply(
-        StratifiedEmbeddingBag, ids, offsets, bags, table.detach(), leaf, kind, weights,
+        StratifiedEmbeddingBag, ids, offsets, bags, root.detached(), leaf, kind, weights,
         bool(with_last), padding, is_sparse, strata, layout,
     )  # fmt: skip
 

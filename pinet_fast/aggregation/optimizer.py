@@ -144,6 +144,7 @@ class GradientAggregator(Optimizer):
         self._num_steps = 0
         self._names: list[str] = []
         self._slice_proofs: dict[Any, SliceProof] = {}
+        self._dense_parameters: list[int] = []  # of the last forward, for the next one
         self._warned_plain = False
 
     def _alias(self) -> None:
@@ -233,8 +234,12 @@ class GradientAggregator(Optimizer):
                 if wanted:
                     stack.enter_context(eager_modules())
                 if session.interception is not None:
+                    session.interception.prepare(
+                        [i for i in self._dense_parameters if i < len(parameters)]
+                    )
                     stack.enter_context(session.interception)
                 yield
+            self._dense_parameters = session.leaves.dense_parameters()
         except BaseException:
             self._session = None
             raise

@@ -46,7 +46,13 @@ def trace(tensor: Tensor) -> RowLayout | None:
 
 
 def _walk(node: Any, shape: Shape, budget: list[int]) -> RowLayout | None:
-    if node is None or budget[0] == 0:
+    while type(node).__name__ in _SAME_SHAPE:  # most of what lies between two boundaries
+        parents = _parents(node)
+        if len(parents) != 1:
+            break
+        node = parents[0]
+        budget[0] -= 1
+    if node is None or budget[0] <= 0:
         return None
     budget[0] -= 1
     layout = getattr(node, "layout", None)
@@ -245,8 +251,10 @@ _ELEMENTWISE = (
     "Tanh", "ToCopy", "Where", "Alias", "Threshold", "Hardtanh",
 )  # fmt: skip
 
+_SAME_SHAPE = frozenset(f"{name}Backward{i}" for name in _ELEMENTWISE for i in range(3))
+
 _READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
-    **{f"{name}Backward{i}": _same for name in _ELEMENTWISE for i in range(3)},
+    **dict.fromkeys(_SAME_SHAPE, _same),
     "ViewBackward0": _view,
     "UnsafeViewBackward0": _view,
     "ReshapeAliasBackward0": _view,
