@@ -5,6 +5,7 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 
 from ._registry import backend_status, describe_status
 from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
+from .stratified_linear import stratified_linear_backward
 from .stratified_norm import stratified_norm_backward
 from .stratum_combine import stratum_combine
 from .stratum_gram import stratum_gram
@@ -16,6 +17,7 @@ __all__ = [
     "describe_status",
     "stratified_embedding_add",
     "stratified_embedding_reduce",
+    "stratified_linear_backward",
     "stratified_norm_backward",
     "stratum_combine",
     "stratum_gram",

@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
   m.def(
       "stratified_embedding_add(Tensor(a!) dense, Tensor[] ids, Tensor[] strata, Tensor[] grads)"
       " -> ()");
+  m.def(
+      "stratified_linear_backward(Tensor grad, Tensor? weight, Tensor sorted_grad,"
+      " Tensor sorted_rows, int[] row_offsets, Tensor ids, Tensor(a!)? grad_rows,"
+      " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def("stratum_sums(Tensor rows, Tensor ids, Tensor(a!) out) -> ()");
   m.def(
       "stratified_norm_backward(Tensor grad, Tensor rows, Tensor mean, Tensor rstd, Tensor? weight,"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pinet_fast.aggregation.rows import row_tensor
-from pinet_fast.kernels import stratified_norm_backward, stratum_sums
+from pinet_fast.kernels import stratified_linear_backward, stratified_norm_backward
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
@@ -35,20 +35,6 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     The interception refuses those transforms before.
     """
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
-def stratum_weight_gradients(grad: Tensor, rows: Tensor, groups: RowGroups) -> Tensor:
-    """Return ``out[s] = grad[rows of s]^T rows[rows of s]``, [S, D_out, D_in].
-
-    Args:
-        grad: Gradient of the outputs, [N, D_out].
-        rows: Inputs, [N, D_in].
-        groups: The N rows grouped by stratum. An empty stratum gives exact zeros.
-    """
-    out = rows.new_empty((groups.num_strata, grad.shape[1], rows.shape[1]))
-    for s, (g, x) in enumerate(zip(groups.split(grad), groups.split(rows), strict=True)):
-        torch.mm(g.t(), x, out=out[s])
-    return out
 
 
 def folding(rows: Tensor, weight: Tensor) -> Tensor:
@@ -83,18 +69,17 @@ class StratifiedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, _ = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        grad_rows = grad.matmul(weight) if needs[0] else None
+        needs, groups = ctx.needs_input_grad, ctx.groups
         flat_grad = row_tensor(grad, 1)
         flat_rows = row_tensor(rows, 1)
+        grad_rows, weight_strata, bias_strata = stratified_linear_backward(
+            flat_grad, flat_rows, weight, groups.ids, groups.offsets, groups.order,
+            need_rows=needs[0], need_weight=needs[3], need_bias=needs[4],
+        )  # fmt: skip
+        grad_rows = None if grad_rows is None else grad_rows.view(rows.shape)
+        # A weight or bias that is not the optimizer's gets its ordinary gradient.
         grad_weight = flat_grad.t().mm(flat_rows) if needs[1] else None
         grad_bias = flat_grad.sum(0) if needs[2] else None
-        weight_strata = (
-            stratum_weight_gradients(flat_grad, flat_rows, ctx.groups) if needs[3] else None
-        )
-        bias_strata = (
-            stratum_sums(flat_grad, ctx.groups.ids, ctx.groups.num_strata) if needs[4] else None
-        )
         return grad_rows, grad_weight, grad_bias, weight_strata, bias_strata, None, None
 
 
@@ -119,9 +104,15 @@ class StratifiedMatmul(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, _ = ctx.saved_tensors
-        grad_rows = grad.matmul(weight.t()) if ctx.needs_input_grad[0] else None
-        # Computed as the gradient of W^T, the layout of the item table behind `h @ E.T`.
-        strata = stratum_weight_gradients(row_tensor(grad, 1), row_tensor(rows, 1), ctx.groups)
+        groups = ctx.groups
+        # Computed for W^T, the layout of the item table behind `h @ E.T`.
+        grad_rows, strata, _ = stratified_linear_backward(
+            row_tensor(grad, 1), row_tensor(rows, 1), weight.t(),
+            groups.ids, groups.offsets, groups.order,
+            need_rows=ctx.needs_input_grad[0], need_bias=False,
+        )  # fmt: skip
+        assert strata is not None
+        grad_rows = None if grad_rows is None else grad_rows.view(rows.shape)
         return grad_rows, None, strata.transpose(1, 2), None, None
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pinet_fast.aggregation.boundary import stratum_weight_gradients
-from pinet_fast.kernels import stratum_sums
+from pinet_fast.kernels import stratified_linear_backward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,19 +95,17 @@ class StratifiedRecurrent(torch.autograd.Function):
         else:
             back = _through_rnn(grad, out, ctx.cell, weights[1])
         for_input, for_hidden = (g.flatten(0, 1) for g in back[:2])
-        for_rows = None
-        if ctx.needs_input_grad[2]:
-            for_rows = for_input.mm(weights[0]).view_as(rows)
-        factors = [(for_input, rows.flatten(0, 1)), (for_hidden, before.flatten(0, 1))]
-        grads: list[Tensor | None] = []
-        for i, is_needed in enumerate(ctx.needs_input_grad[8:]):
-            gate, factor = factors[i % 2]
-            if not is_needed:
-                grads.append(None)
-            elif i < 2:
-                grads.append(stratum_weight_gradients(gate, factor, ctx.groups))
-            else:
-                grads.append(stratum_sums(gate, ctx.groups.ids, ctx.groups.num_strata))
+        groups, needs = ctx.groups, (*ctx.needs_input_grad[8:], False, False)  # or no biases
+        by_input = stratified_linear_backward(
+            for_input, rows.flatten(0, 1), weights[0], groups.ids, groups.offsets, groups.order,
+            need_rows=ctx.needs_input_grad[2], need_weight=needs[0], need_bias=needs[2],
+        )  # fmt: skip
+        by_hidden = stratified_linear_backward(
+            for_hidden, before.flatten(0, 1), None, groups.ids, groups.offsets, groups.order,
+            need_rows=False, need_weight=needs[1], need_bias=needs[3],
+        )  # fmt: skip
+        for_rows = None if by_input[0] is None else by_input[0].view_as(rows)
+        grads = (by_input[1], by_hidden[1], by_input[2], by_hidden[2])[: len(weights)]
         states = back.first_hidden, back.first_cell
         return None, None, for_rows, *states, None, None, None, *grads
 

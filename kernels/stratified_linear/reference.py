@@ -1,0 +1,64 @@
+"""The contract of ``stratified_linear_backward`` in plain PyTorch: any device and dtype."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from .._registry import Backend
+from ..stratum_sums.reference import stratum_sums_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+def stratified_linear_backward_reference(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    row_offsets: Sequence[int],
+    order: Tensor | None,
+    grad_rows: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Write the gradients that are wanted; reads no value on the host.
+
+    Args:
+        grad: Gradient of the outputs, [N, D_out] of any floating dtype and strides.
+        rows: Inputs of the layer, [N, D_in].
+        weight: [D_out, D_in]; None where ``grad_rows`` is.
+        ids: int64 [N] in ``0..S-1``.
+        row_offsets: Where the rows of each stratum are after sorting, S + 1 ints.
+        order: The stable permutation that sorts ``ids``, int64 [N]; None where they are sorted.
+        grad_rows: [N, D_in], fully written, or None.
+        grad_weight: [S, D_out, D_in], fully written, or None.
+        grad_bias: [S, D_out], fully written, or None.
+    """
+    if grad_rows is not None:
+        assert weight is not None
+        torch.mm(grad, weight, out=grad_rows)
+    if grad_weight is not None:
+        if order is not None:
+            grad, rows, ids = (x.index_select(0, order) for x in (grad, rows, ids))
+        if grad_weight.dtype is not grad.dtype:  # of 16 bits, kept in 32
+            grad, rows = grad.to(grad_weight.dtype), rows.to(grad_weight.dtype)
+        spans = itertools.pairwise(row_offsets)
+        for out, (a, b) in zip(grad_weight, spans, strict=True):
+            torch.mm(grad[a:b].t(), rows[a:b], out=out)
+    if grad_bias is not None:
+        stratum_sums_reference(grad, ids, grad_bias)
+
+
+BACKEND = Backend(
+    name="reference",
+    priority=0,
+    probe=lambda: None,
+    is_supported=lambda grad, rows, weight, ids, row_offsets, order: None,
+    impl=stratified_linear_backward_reference,
+)
