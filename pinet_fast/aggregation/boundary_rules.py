@@ -28,8 +28,12 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> Args:
+    return input, weight, bias
+
+
 def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    rows, weight, bias = bind(args, kwargs, ("input", "weight", "bias"), {"bias": None})
+    rows, weight, bias = bind(_linear_arguments, args, kwargs)
     weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
     if mode.root_of(rows) is not None:
         raise BoundaryError("linear: the input is a parameter and the weight holds rows")
@@ -50,8 +54,12 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     )
 
 
+def _matmul_arguments(input: Any, other: Any = None, *, mat2: Any = None) -> Args:
+    return input, mat2 if other is None else other
+
+
 def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    rows, weight = bind(args, kwargs, ("input", "other"), {}, aliases={"mat2": "other"})
+    rows, weight = bind(_matmul_arguments, args, kwargs)
     root = mode.root_of(weight)
     if root is None or weight.dim() != 2 or rows.dim() < 2:
         raise BoundaryError(
@@ -69,10 +77,19 @@ def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     return apply(StratifiedMatmul, rows, matrix, leaf, groups, layout)
 
 
+def _layer_norm_arguments(
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Args:
+    return input, normalized_shape, weight, bias, eps
+
+
 def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    names = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
-    defaults = {"weight": None, "bias": None, "eps": 1e-5, "cudnn_enable": True}
-    rows, normalized_shape, weight, bias, eps, _ = bind(args, kwargs, names, defaults)
+    rows, normalized_shape, weight, bias, eps = bind(_layer_norm_arguments, args, kwargs)
     if mode.root_of(rows) is not None:
         raise BoundaryError("layer_norm: the input is a parameter and the scale holds rows")
     normalized = [int(size) for size in normalized_shape]
@@ -97,9 +114,15 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
     )
 
 
+def _broadcast_arguments(input: Any, other: Any, alpha: Any = 1) -> Args:
+    return input, other, alpha
+
+
 def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     """``rows + p``, ``rows - p``, ``rows * p`` and the same with the sides exchanged."""
-    left, right, alpha = bind(args, kwargs, ("input", "other", "alpha"), {"alpha": 1})
+    left, right, alpha = bind(_broadcast_arguments, args, kwargs)
+    if not _is_row_like(mode, left) and not _is_row_like(mode, right):
+        return mode.derive(func, args, kwargs)
     if alpha != 1:
         right = mode.derive(torch.mul, (right, alpha), {}) if mode.root_of(right) else right * alpha
     op = func_name(func).strip("_").removeprefix("r")
@@ -133,6 +156,15 @@ def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
     return apply(StratifiedBroadcast, rows, root.detached(), leaf, multiply, groups, layout, term)
 
 
+def _is_row_like(mode: Interception, value: Any) -> bool:
+    """Return whether a side of a sum may hold rows: no number, root or frozen parameter does."""
+    return (
+        isinstance(value, Tensor)
+        and mode.root_of(value) is None
+        and not isinstance(value, torch.nn.Parameter)
+    )
+
+
 def _broadcast_shape(rows: torch.Size, parameter: torch.Size) -> torch.Size:
     """Return the shape of the sum; torch.broadcast_shapes takes 15 us for it."""
     if len(parameter) <= len(rows) and rows[len(rows) - len(parameter) :] == parameter:
@@ -140,8 +172,12 @@ def _broadcast_shape(rows: torch.Size, parameter: torch.Size) -> torch.Size:
     return torch.broadcast_shapes(rows, parameter)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def _prelu_arguments(input: Any, weight: Any) -> Args:
+    return input, weight
+
+
 def _prelu(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    rows, weight = bind(args, kwargs, ("input", "weight"), {})
+    rows, weight = bind(_prelu_arguments, args, kwargs)
     root = mode.root_of(weight)
     if root is None or mode.root_of(rows) is not None:
         raise BoundaryError("prelu: expected rows of the batch and a parameter as the weight")
@@ -197,23 +233,24 @@ def autocast(*tensors: Any) -> list[Any]:
     ]
 
 
-def bind(
-    args: Args,
-    kwargs: Kwargs,
-    names: tuple[str, ...],
-    defaults: Kwargs,
-    aliases: dict[str, str] | None = None,
-) -> list[Any]:
-    """Bind call arguments to ``names``; functions of torch have no signature to inspect."""
-    if not kwargs and len(args) == len(names):
-        return list(args)
-    bound = dict(zip(names, args, strict=False))
-    for key, value in kwargs.items():
-        name = (aliases or {}).get(key, key)
-        if name not in names or name in bound:
-            raise BoundaryError(f"argument {key}={value!r} is not supported at a boundary")
-        bound[name] = value
-    return [bound[name] if name in bound else defaults[name] for name in names]
+def bind(signature: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Bind call arguments to a signature; functions of torch have none to inspect.
+
+    Args:
+        signature: Takes what the function of torch takes, and returns what the rule wants of it.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+
+    Raises:
+        BoundaryError: An argument that the boundary op does not know.
+    """
+    try:
+        return signature(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([*(type(a).__name__ for a in args), *(f"{k}=" for k in kwargs)])
+        raise BoundaryError(
+            f"arguments ({given}) are not supported at a boundary: {error}"
+        ) from error
 
 
 def default_rules() -> dict[Any, BoundaryRule]:

@@ -44,6 +44,12 @@ _ADDITIONS = frozenset(
 _ROWS_FIRST = frozenset({F.linear, F.layer_norm, F.embedding})
 """Functions whose first argument alone can hold rows: their rules ask for its layout at once."""
 
+_TWO_SIDED = frozenset(
+    {torch.add, torch.sub, torch.mul, Tensor.add, Tensor.sub, Tensor.mul, Tensor.__add__,
+     Tensor.__radd__, Tensor.__sub__, Tensor.__rsub__, Tensor.__mul__, Tensor.__rmul__}
+)  # fmt: skip
+"""Functions whose rule asks for the layout of the side that is no parameter."""
+
 
 class Interception(TorchFunctionMode):
     """The torch-function mode of one stratified forward.
@@ -138,7 +144,7 @@ class Interception(TorchFunctionMode):
     def _boundary_or_derived(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if func in _ROWS_FIRST and args and id(args[0]) not in self._roots:
+        if (func in _ROWS_FIRST and args and id(args[0]) not in self._roots) or func in _TWO_SIDED:
             try:
                 self._refuse_transforms()
                 return self._rules[func](self, func, args, kwargs)
@@ -270,7 +276,8 @@ class Interception(TorchFunctionMode):
             return None
         self.saw_hooks = self.saw_hooks or is_recording_hooks()
         leaf = self.leaves.dense(root)
-        if self._wants_proof(site := self._site(root, op, layout, is_sliced)):
+        site = self._site(root, op, layout, is_sliced)
+        if not self.is_replaying and self._check.wants(site, self.leaves.num_strata):
             leaf = leaf.view_as(leaf)  # a node of this use's own, for its own proof
             self.uses.append(Use(site, leaf))
         return leaf
@@ -282,7 +289,8 @@ class Interception(TorchFunctionMode):
         self.saw_hooks = self.saw_hooks or is_recording_hooks()
         leaf = self.leaves.lookup(root)
         self.leaves.note_lookup(root, is_sparse)
-        if self._wants_proof(site := self._site(root, op, layout)):
+        site = self._site(root, op, layout)
+        if not self.is_replaying and self._check.wants(site, self.leaves.num_strata):
             self.uses.append(Use(site, leaf))
         return leaf
 
@@ -290,17 +298,15 @@ class Interception(TorchFunctionMode):
         """Return a leaf [S] for a derived number that is added to rows."""
         self.saw_hooks = self.saw_hooks or is_recording_hooks()
         term = self.leaves.added_term(root)
-        if self._wants_proof(site := self._site(root, op, layout)):
+        site = self._site(root, op, layout)
+        if not self.is_replaying and self._check.wants(site, self.leaves.num_strata):
             self.uses.append(Use(site, term.leaf))
         return term
-
-    def _wants_proof(self, site: Site) -> bool:
-        return not self.is_replaying and self._check.wants(site, self.leaves.num_strata)
 
     def _site(self, root: Root, op: str, layout: RowLayout, is_sliced: bool = False) -> Site:
         key = (root.sources, op, layout.kind, layout.dim)
         occurrence = self._occurrences[key] = self._occurrences.get(key, -1) + 1
-        return Site(*key, occurrence, is_sliced)
+        return Site(root.sources, op, layout.kind, layout.dim, occurrence, is_sliced)
 
     # Rows ---------------------------------------------------------------------------------------
 

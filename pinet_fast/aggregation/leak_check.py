@@ -86,10 +86,10 @@ class LeakCheck:
         if self.mode != "first":
             return self.mode == "always"
         proof = self._proofs.get(site)
+        if proof is not None and proof.step is not None:
+            return False
         if proof is None:
             proof = self._proofs[site] = _Proof(num_strata)
-        if proof.step is not None:
-            return False
         proof.attempts += 1
         return proof.attempts <= _PATIENCE or (proof.attempts & (proof.attempts - 1)) == 0
 

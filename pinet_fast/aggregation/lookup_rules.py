@@ -18,13 +18,20 @@ from pinet_fast.errors import BoundaryError
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def _embedding_arguments(
+    input: Any,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Any, ...]:
+    return input, weight, padding_idx, max_norm, scale_grad_by_freq, sparse
+
+
 def _embedding(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq")
-    defaults = {"padding_idx": None, "max_norm": None, "norm_type": 2.0}
-    defaults |= {"scale_grad_by_freq": False, "sparse": False}
-    ids, table, padding_idx, max_norm, _, scale, is_sparse = bind(
-        args, kwargs, (*names, "sparse"), defaults
-    )
+    ids, table, padding_idx, max_norm, scale, is_sparse = bind(_embedding_arguments, args, kwargs)
     _refuse_counting("embedding", max_norm, scale)
     return _lookup(mode, func, args, kwargs, ids, table, padding_idx, is_sparse)
 
@@ -66,25 +73,43 @@ def _getitem(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[
     return slice_rule(mode, func, args, kwargs)
 
 
+def _index_select_arguments(input: Any, dim: int, index: Any) -> tuple[Any, ...]:
+    return input, dim, index
+
+
 def _index_select(
     mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    table, dim, ids = bind(args, kwargs, ("input", "dim", "index"), {})
+    table, dim, ids = bind(_index_select_arguments, args, kwargs)
     if dim == 0 and mode.root_of(table) is not None:
         return _lookup(mode, func, args, kwargs, ids, table, indexing=True)
     return slice_rule(mode, func, args, kwargs)
 
 
+def _bag_arguments(
+    input: Any,
+    weight: Any,
+    offsets: Any = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: Any = "mean",
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Any, ...]:
+    return (
+        input, weight, offsets, max_norm, scale_grad_by_freq, mode, sparse, per_sample_weights,
+        include_last_offset, padding_idx,
+    )  # fmt: skip
+
+
 def _embedding_bag(
     mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    names = (
-        "input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode",
-        "sparse", "per_sample_weights", "include_last_offset", "padding_idx",
-    )  # fmt: skip
-    defaults = dict.fromkeys(names) | {"mode": "mean", "sparse": False}
-    ids, table, offsets, max_norm, _, scale, kind, is_sparse, weights, with_last, padding_idx = (
-        bind(args, kwargs, names, defaults)
+    ids, table, offsets, max_norm, scale, kind, is_sparse, weights, with_last, padding_idx = bind(
+        _bag_arguments, args, kwargs
     )
     _refuse_counting("embedding_bag", max_norm, scale)
     if not ids.is_floating_point() and table.dtype.is_floating_point:

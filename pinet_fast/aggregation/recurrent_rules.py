@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
     from pinet_fast.aggregation.layout import RowLayout
 
-_NAMES = (
-    "input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional",
-    "batch_first",
-)  # fmt: skip
+
+def _arguments(
+    input: Any, hx: Any, params: Any, has_biases: bool, num_layers: int, dropout: float,
+    train: bool, bidirectional: bool, batch_first: bool,
+) -> dict[str, Any]:  # fmt: skip
+    return locals()
 
 
 def _recurrent(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -34,7 +36,7 @@ def _recurrent(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dic
             "cannot be cut by stratum; pass the padded batch (or a ragged model) and mask the "
             "losses by opt.backward(losses, weights=mask)"
         )
-    call = dict(zip(_NAMES, bind(args, kwargs, _NAMES, {}), strict=True))
+    call = bind(_arguments, args, kwargs)
     params = call["params"]
     rows, states = call["input"], call["hx"]
     states = states if isinstance(states, list | tuple) else (states,)

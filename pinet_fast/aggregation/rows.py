@@ -130,6 +130,8 @@ class BatchRows:
             layout: The layout found for ``shape``.
             shape: Sizes of all row-like dimensions, the row dimension among them.
         """
+        if len(shape) == 1:
+            return self._expanded(layout.groups, layout.outer, layout.inner)
         inner = layout.inner * math.prod(shape[layout.dim + 1 :])
         outer = layout.outer * math.prod(shape[: layout.dim])
         return self._expanded(layout.groups, outer, inner)
@@ -139,6 +141,8 @@ class BatchRows:
         return self._expanded(layout.groups, layout.outer, layout.inner)
 
     def _expanded(self, base: RowGroups, outer: int, inner: int) -> RowGroups:
+        if inner == 1 and outer == 1:
+            return base
         # Keyed by the group's identity: this object keeps every group alive.
         key = (id(base), outer, inner)
         groups = self._repeated.get(key)
