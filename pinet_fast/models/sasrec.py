@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import ConfigError
+from pinet_fast.models.dropout import Dropout
 from pinet_fast.models.ragged_attention import AttentionPlan, ragged_attention
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class SASRec(nn.Module):
         self.loss = loss
         self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
         self.positions = nn.Embedding(max_len, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.ModuleList(_Block(dim, num_heads, dropout) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(dim)
         # -inf for item 0 as a bias costs no pass over the [T, V + 1] logits of its own, and leaves
@@ -170,7 +171,7 @@ class _Block(nn.Module):
         self.feed_norm = nn.LayerNorm(dim)
         self.up = nn.Linear(dim, dim)
         self.down = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
         num_events, dim = x.shape
