@@ -1,10 +1,11 @@
 """Boundary op of recurrent layers: GRU, LSTM and Elman RNN, time-major, one direction.
 
-The forward is torch's own function, without its graph. Backward knows every hidden state, so all
-gates are recomputed in two matrix products over all steps; only the gradient's way back through
-time is a loop. The gates' gradients of all steps then give the stratum gradients of the weights as
-those of two linear layers. That takes about as long as the backward that torch records step by
-step; one call a stratum would run S loops over time.
+The forward is torch's own function, run without its graph by the rule, for both directions of a
+layer at once: the reversed one alone, on flipped rows, differs in the last bits on some processors.
+Backward knows every hidden state, so all gates are recomputed in two matrix products over all
+steps; only the gradient's way back through time is a loop. The gates' gradients of all steps then
+give the stratum gradients of the weights as those of two linear layers. That takes about as long as
+the backward that torch records step by step; one call a stratum would run S loops over time.
 """
 
 from __future__ import annotations
@@ -47,16 +48,18 @@ class _GateGradients(NamedTuple):
 class StratifiedRecurrent(torch.autograd.Function):
     """One recurrent layer over [L, B, D_in] with stratum gradients of its weights and biases.
 
-    ``weights`` and ``leaves`` are W_ih, W_hh and, with biases, b_ih and b_hh; leaves of frozen
-    weights are None. The weights are a tuple, so that they take no part in the graph, and come as
-    they are: torch's products depend on whether a weight requires a gradient.
+    ``out`` [L, B, H] and ``last`` [B, H], the last memory of an LSTM, are what the layer computed;
+    they take their place in the graph here. ``weights`` and ``leaves`` are W_ih, W_hh and, with
+    biases, b_ih and b_hh; leaves of frozen weights are None. The weights are a tuple, so that they
+    take no part in the graph.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         cell: Cell,
-        train: bool,
+        out: Tensor,
+        last: Tensor | None,
         rows: Tensor,
         hidden: Tensor,
         memory: Tensor | None,
@@ -65,19 +68,12 @@ class StratifiedRecurrent(torch.autograd.Function):
         weights: tuple[Tensor, ...],
         *leaves: Tensor | None,
     ) -> tuple[Tensor, Tensor] | Tensor:
-        options = (len(weights) == 4, 1, 0.0, train, False, False)
         ctx.cell, ctx.groups = cell, groups
         ctx.layout = layout  # read by provenance.trace
         ctx.set_materialize_grads(False)
-        if cell == "lstm":
-            assert memory is not None
-            state = (hidden.unsqueeze(0), memory.unsqueeze(0))
-            out, _, last = torch.lstm(rows, state, weights, *options)
-            ctx.save_for_backward(rows, hidden, memory, out, *weights)
-            return out, last.squeeze(0)
-        out, _ = getattr(torch, cell)(rows, hidden.unsqueeze(0), weights, *options)
-        ctx.save_for_backward(rows, hidden, None, out, *weights)
-        return out  # type: ignore[no-any-return]
+        out = out.view_as(out)  # an input that is returned would be saved as an input
+        ctx.save_for_backward(rows, hidden, memory, out, *weights)
+        return out if last is None else (out, last.view_as(last))
 
     @staticmethod
     @once_differentiable
@@ -95,10 +91,10 @@ class StratifiedRecurrent(torch.autograd.Function):
         else:
             back = _through_rnn(grad, out, ctx.cell, weights[1])
         for_input, for_hidden = (g.flatten(0, 1) for g in back[:2])
-        groups, needs = ctx.groups, (*ctx.needs_input_grad[8:], False, False)  # or no biases
+        groups, needs = ctx.groups, (*ctx.needs_input_grad[9:], False, False)  # or no biases
         by_input = stratified_linear_backward(
             for_input, rows.flatten(0, 1), weights[0], groups.ids, groups.offsets, groups.order,
-            need_rows=ctx.needs_input_grad[2], need_weight=needs[0], need_bias=needs[2],
+            need_rows=ctx.needs_input_grad[3], need_weight=needs[0], need_bias=needs[2],
         )  # fmt: skip
         by_hidden = stratified_linear_backward(
             for_hidden, before.flatten(0, 1), None, groups.ids, groups.offsets, groups.order,
@@ -107,7 +103,7 @@ class StratifiedRecurrent(torch.autograd.Function):
         for_rows = None if by_input[0] is None else by_input[0].view_as(rows)
         grads = (by_input[1], by_hidden[1], by_input[2], by_hidden[2])[: len(weights)]
         states = back.first_hidden, back.first_cell
-        return None, None, for_rows, *states, None, None, None, *grads
+        return None, None, None, for_rows, *states, None, None, None, *grads
 
 
 def _gates(rows: Tensor, before: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

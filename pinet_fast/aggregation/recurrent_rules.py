@@ -89,27 +89,50 @@ class _Layers:
         for layer in range(self.call["num_layers"]):
             if layer and self.call["dropout"]:
                 rows = F.dropout(rows, self.call["dropout"], self.call["train"])
+            runs = range(layer * directions, (layer + 1) * directions)
+            outs, memories = self._computed(rows, runs)
             parts = [
-                self._direction(rows, layer * directions + direction, is_reversed=direction == 1)
-                for direction in range(directions)
+                self._direction(rows, index, out, memory, is_reversed=index > runs[0])
+                for index, out, memory in zip(runs, outs, memories, strict=True)
             ]
             rows = parts[0] if directions == 1 else torch.cat(parts, dim=-1)
         return rows, [torch.stack(states) for states in self.last]
 
-    def _direction(self, rows: Tensor, index: int, *, is_reversed: bool) -> Tensor:
-        if is_reversed:
-            rows = rows.flip(0)
+    def _params(self, index: int) -> Sequence[Tensor]:
         count = 4 if self.call["has_biases"] else 2
-        params = self.call["params"][index * count : (index + 1) * count]
+        params: Sequence[Tensor] = self.call["params"][index * count : (index + 1) * count]
+        return params
+
+    @torch.no_grad()
+    def _computed(
+        self, rows: Tensor, runs: range
+    ) -> tuple[tuple[Tensor, ...], Sequence[Tensor | None]]:
+        """Return the outputs of a layer's directions, [L, B, H] each, and their last memories."""
+        states = [state[runs[0] : runs[-1] + 1] for state in self.states]
+        has_biases, is_both = self.call["has_biases"], len(runs) == 2
+        # Weights come as they are: torch's products depend on whether one requires a gradient.
+        out, _, *memories = getattr(torch, self.cell)(
+            rows, states if self.cell == "lstm" else states[0],
+            [p for index in runs for p in self._params(index)],
+            has_biases, 1, 0.0, self.call["train"], is_both, False,
+        )  # fmt: skip
+        return out.chunk(len(runs), dim=-1), memories[0] if memories else [None] * len(runs)
+
+    def _direction(
+        self, rows: Tensor, index: int, out: Tensor, last: Tensor | None, *, is_reversed: bool
+    ) -> Tensor:
+        if is_reversed:
+            rows, out = rows.flip(0), out.flip(0)
+        params = self._params(index)
         roots = [self.mode.root_of(p) for p in params]
         leaves = [self.mode.dense_leaf(root, self.cell, self.layout) for root in roots]
         groups = self.mode.rows.groups_of(self.layout, (rows.shape[0], rows.shape[1]))
         memory = self.states[1][index] if self.cell == "lstm" else None
         result = apply(
-            StratifiedRecurrent, self.cell, self.call["train"], rows, self.states[0][index],
+            StratifiedRecurrent, self.cell, out, last, rows, self.states[0][index],
             memory, groups, self.layout, tuple(params), *leaves,
         )  # fmt: skip
-        out: Tensor = result[0] if self.cell == "lstm" else result
+        out = result[0] if self.cell == "lstm" else result
         self.last[0].append(out[-1])
         if self.cell == "lstm":
             self.last[1].append(result[1])
