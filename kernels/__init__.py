@@ -4,6 +4,7 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 """
 
 from ._registry import backend_status, describe_status
+from .routed_linear import routed_linear
 from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
 from .stratified_linear import stratified_linear_backward
 from .stratified_norm import stratified_norm_backward
@@ -15,6 +16,7 @@ from .stratum_sums import stratum_sums
 __all__ = [
     "backend_status",
     "describe_status",
+    "routed_linear",
     "stratified_embedding_add",
     "stratified_embedding_reduce",
     "stratified_linear_backward",

@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
       "stratified_linear_backward(Tensor grad, Tensor? weight, Tensor sorted_grad,"
       " Tensor sorted_rows, int[] row_offsets, Tensor ids, Tensor(a!)? grad_rows,"
       " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
+  m.def(
+      "routed_linear(Tensor rows, Tensor weight, Tensor? bias, int[] row_offsets, Tensor(a!) out)"
+      " -> ()");
   m.def("stratum_sums(Tensor rows, Tensor ids, Tensor(a!) out) -> ()");
   m.def(
       "stratified_norm_backward(Tensor grad, Tensor rows, Tensor mean, Tensor rstd, Tensor? weight,"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pinet_fast.errors import ConfigError, StrataError
+from pinet_fast.kernels import routed_linear
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.strata_index import RowGroups
@@ -61,15 +62,6 @@ class PluginHeads(nn.Module):
                 f"PluginHeads: expected groups of {rows.shape[0]} rows in {self.num_strata} "
                 f"strata; got {groups.num_rows} rows in {groups.num_strata}"
             )
-        parts = [
-            part + F.linear(F.gelu(F.linear(part, down, down_bias)), up, up_bias)
-            for part, down, down_bias, up, up_bias in zip(
-                groups.split(rows),
-                self.down_weight, self.down_bias, self.up_weight, self.up_bias,
-                strict=True,
-            )
-        ]  # fmt: skip
-        out = torch.cat(parts)
-        if groups.order is None:
-            return out
-        return torch.empty_like(out).index_copy(0, groups.order, out)
+        routes = (groups.ids, groups.offsets, groups.order)
+        inner = F.gelu(routed_linear(rows, self.down_weight, self.down_bias, *routes))
+        return rows + routed_linear(inner, self.up_weight, self.up_bias, *routes)

@@ -1,38 +1,20 @@
 #include "stratified_linear.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <array>
 #include <cstring>
 
 #include "../../stratum_sums/csrc/stratum_sums.h"
 #include "row_chunks.h"
+#include "views.h"
 
 namespace pinet {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-size_t item_bytes(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? 8 : 4; }
-
-// A matrix over memory that outlives it.
-Tensor matrix(const void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides,
-              ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-      const_cast<void*>(data), 2, sizes.data(), strides.data(), 0,
-      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-void mm(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
 
 bool is_matrix(const Tensor& x, int64_t rows, ScalarType dtype) {
   return x.is_cpu() && x.dim() == 2 && x.size(0) == rows && x.scalar_type() == dtype;
@@ -79,7 +61,7 @@ void stratified_linear_backward_cpu(Tensor grad, std::optional<Tensor> weight,
                   "of the dtype and sizes of the contract");
   if (grad_rows) mm(*grad_rows, grad, *weight);
   if (grad_weight) {
-    const size_t bytes = item_bytes(grad);
+    const int64_t bytes = item_bytes(grad);
     const char* g = static_cast<const char*>(sorted_grad.data_ptr());
     const char* x = static_cast<const char*>(sorted_rows.data_ptr());
     char* out = static_cast<char*>(grad_weight->data_ptr());
@@ -89,11 +71,11 @@ void stratified_linear_backward_cpu(Tensor grad, std::optional<Tensor> weight,
         std::memset(out, 0, wide * deep * bytes);
         continue;
       }
-      mm(matrix(out, {wide, deep}, {deep, 1}, dtype),
-         matrix(g + from * sorted_grad.stride(0) * bytes, {wide, n},
-                {sorted_grad.stride(1), sorted_grad.stride(0)}, dtype),
-         matrix(x + from * sorted_rows.stride(0) * bytes, {n, deep},
-                {sorted_rows.stride(0), sorted_rows.stride(1)}, dtype));
+      mm(view_of<2>(out, {wide, deep}, {deep, 1}, dtype),
+         view_of<2>(g + from * sorted_grad.stride(0) * bytes, {wide, n},
+                    {sorted_grad.stride(1), sorted_grad.stride(0)}, dtype),
+         view_of<2>(x + from * sorted_rows.stride(0) * bytes, {n, deep},
+                    {sorted_rows.stride(0), sorted_rows.stride(1)}, dtype));
     }
   }
   if (grad_bias) stratum_sums_cpu(grad, ids, *grad_bias);
