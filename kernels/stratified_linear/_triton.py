@@ -44,7 +44,7 @@ def _wgrad_kernel(
     grad_ptr,  # [N, wide], columns are neighbours
     rows_ptr,  # [N, deep], columns are neighbours
     order_ptr,  # [N] int64, read if HAS_ORDER
-    tasks_ptr,  # [num_tasks, 2] int64: first row and end
+    tasks_ptr,  # [num_tasks, 3] int64: first row, end, stratum
     wide,
     deep,
     grad_stride,
@@ -70,8 +70,8 @@ def _wgrad_kernel(
     o_d = tile_deep * BLOCK_DEEP + tl.arange(0, BLOCK_DEEP)
     m_w = o_w < wide
     m_d = o_d < deep
-    first = tl.load(tasks_ptr + task * 2)
-    end = tl.load(tasks_ptr + task * 2 + 1)
+    first = tl.load(tasks_ptr + task * 3)
+    end = tl.load(tasks_ptr + task * 3 + 1)
     acc = tl.zeros([BLOCK_WIDE, BLOCK_DEEP], dtype=tl.float32)
     acc_bias = tl.zeros([BLOCK_WIDE], dtype=tl.float32)
     for row in range(first, end, ROWS):
@@ -102,7 +102,7 @@ def _wgrad_kernel(
 
 @triton.jit
 def _slots_kernel(
-    out_ptr,  # [S, size] float32
+    out_ptr,  # [S, size]
     slots_ptr,  # [num_tasks, size] float32
     first_ptr,  # [S + 1] int64: first task of each stratum
     size,
@@ -124,23 +124,23 @@ def _slots_kernel(
 
 @functools.lru_cache(maxsize=64)
 def plan(row_offsets, height, device):
-    """Return tasks [num_tasks, 2] and first [S + 1] on the device, int64, and num_tasks.
+    """Return tasks [num_tasks, 3] and first [S + 1] on the device, int64, and num_tasks.
 
     The layers of a model share the offsets of a batch, hence the cache.
     """
     tasks, first = [], []
-    for begin, end in itertools.pairwise(row_offsets):
+    for s, (begin, end) in enumerate(itertools.pairwise(row_offsets)):
         first.append(len(tasks))
-        tasks += [(row, min(row + height, end)) for row in range(begin, end, height)]
+        tasks += [(row, min(row + height, end), s) for row in range(begin, end, height)]
         if begin == end:
-            tasks.append((begin, end))
+            tasks.append((begin, end, s))
     numbers = torch.tensor(
         [*(n for task in tasks for n in task), *first, len(tasks)],
         dtype=torch.int64,
         pin_memory=not is_interpreted(),
     ).to(device, non_blocking=True)
-    split = 2 * len(tasks)
-    return numbers[:split].view(-1, 2), numbers[split:], len(tasks)
+    split = 3 * len(tasks)
+    return numbers[:split].view(-1, 3), numbers[split:], len(tasks)
 
 
 def bucket(wide, deep):
@@ -202,7 +202,10 @@ def run(
     outs = [grad_weight, grad_bias]
     slots = outs
     if num_tasks > strata:
-        slots = [x if x is None else x.new_empty((num_tasks, *x.shape[1:])) for x in outs]
+        slots = [
+            None if x is None else x.new_empty((num_tasks, *x.shape[1:]), dtype=torch.float32)
+            for x in outs
+        ]
     _wgrad_kernel[(tiles, num_tasks)](
         *slots, grad, rows, None if order is None else order.contiguous(), tasks, wide, deep,
         grad.stride(0), rows.stride(0), **options,

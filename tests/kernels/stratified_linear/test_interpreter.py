@@ -86,7 +86,9 @@ def check_every_row_has_one_task():
     tasks, first, num_tasks = plan(offsets, 64, torch.device("cpu"))
     assert first.tolist() == [0, 1, 2, 3, 5, 6]
     assert num_tasks == 6
-    assert tasks.tolist() == [[0, 0], [0, 1], [1, 65], [65, 129], [129, 193], [193, 193]]
+    assert tasks.tolist() == [
+        [0, 0, 0], [0, 1, 1], [1, 65, 2], [65, 129, 3], [129, 193, 3], [193, 193, 4],
+    ]  # fmt: skip
 
 
 def check_reads_and_writes_nothing_outside_and_fills_its_scratch():
