@@ -48,14 +48,16 @@ def compile_case(case):
     import torch
     from compile_gate import compile_kernel
 
+    from pinet_fast.kernels import _configs
     from pinet_fast.kernels.stratum_combine import _triton
 
     arch, name, strata, has_rows = case
     dtype = getattr(torch, name)
+    config = _configs.lookup("stratum_combine", torch.device("cpu"), name, "all")
     return compile_kernel(
         _triton._stratum_combine_kernel,
         {"table_ptr": "*i64", "owner_ptr": "*i32", "weight_ptr": "*fp64", "scale_ptr": "*fp64"},
-        _triton.launch_options(strata, dtype, dtype, True, has_rows, is_aligned=True),
+        _triton.launch_options(strata, dtype, dtype, True, has_rows, True, config),
         arch,
     )
 

@@ -60,6 +60,7 @@ def compile_case(case):
     import torch
     from compile_gate import compile_kernel
 
+    from pinet_fast.kernels import _configs
     from pinet_fast.kernels.stratum_gram import _triton
 
     kind, arch, *rest = case
@@ -71,10 +72,11 @@ def compile_case(case):
             arch,
         )
     dtype, strata = rest
+    config = _configs.lookup("stratum_gram", torch.device("cpu"), dtype, "all")
     return compile_kernel(
         _triton._stratum_gram_chunk_kernel,
         {"partial_ptr": "*fp64", "table_ptr": "*i64", "owner_ptr": "*i32"},
-        _triton.launch_options(strata, getattr(torch, dtype), is_aligned=True),
+        _triton.launch_options(strata, getattr(torch, dtype), is_aligned=True, config=config),
         arch,
     )
 
