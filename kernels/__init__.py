@@ -3,7 +3,7 @@
 Importing this loads no Triton, no compiled library and no driver; the first call of an op does.
 """
 
-from ._registry import backend_status, describe_status
+from ._registry import backend_status, describe_status, explain
 from .routed_linear import routed_linear
 from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
 from .stratified_linear import stratified_linear_backward
@@ -16,6 +16,7 @@ from .stratum_sums import stratum_sums
 __all__ = [
     "backend_status",
     "describe_status",
+    "explain",
     "routed_linear",
     "stratified_embedding_add",
     "stratified_embedding_reduce",

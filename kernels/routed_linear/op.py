@@ -176,7 +176,13 @@ _TRITON_BACKWARD = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton_backward,
 )
-_registry.register("routed_linear", [_cpp.FORWARD, _TRITON_FORWARD, reference.FORWARD])
+_registry.register(
+    "routed_linear",
+    [_cpp.FORWARD, _TRITON_FORWARD, reference.FORWARD],
+    lambda rows, weight, bias, ids, row_offsets, order=None: (
+        rows, weight, bias, ids, row_offsets, order,
+    ),
+)  # fmt: skip
 _registry.register("routed_linear_backward", [_cpp.BACKWARD, _TRITON_BACKWARD, reference.BACKWARD])
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]

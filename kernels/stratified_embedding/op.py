@@ -223,8 +223,16 @@ _TRITON_ADD = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton_add,
 )
-_registry.register("stratified_embedding_reduce", [_cpp.REDUCE, _TRITON_REDUCE, reference.REDUCE])
-_registry.register("stratified_embedding_add", [_cpp.ADD, _TRITON_ADD, reference.ADD])
+_registry.register(
+    "stratified_embedding_reduce",
+    [_cpp.REDUCE, _TRITON_REDUCE, reference.REDUCE],
+    lambda ids, strata, grads, num_strata, num_rows: (grads[0],),
+)
+_registry.register(
+    "stratified_embedding_add",
+    [_cpp.ADD, _TRITON_ADD, reference.ADD],
+    lambda dense, ids, strata, grads: (dense,),
+)
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratified_embedding_reduce(Tensor[] ids, Tensor[] strata, Tensor[] grads,"

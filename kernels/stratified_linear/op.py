@@ -214,7 +214,13 @@ _TRITON = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton,
 )
-_registry.register("stratified_linear_backward", [_cpp.BACKEND, _TRITON, reference.BACKEND])
+_registry.register(
+    "stratified_linear_backward",
+    [_cpp.BACKEND, _TRITON, reference.BACKEND],
+    lambda grad, rows, weight, ids, row_offsets, order=None: (
+        grad, rows, weight, ids, row_offsets, order,
+    ),
+)  # fmt: skip
 
 # A list, because an op may not return None: what is wanted, in order.
 NAMESPACE.define(  # type: ignore[no-untyped-call]

@@ -190,7 +190,13 @@ _TRITON = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton,
 )
-_registry.register("stratified_norm_backward", [_cpp.BACKEND, _TRITON, reference.BACKEND])
+_registry.register(
+    "stratified_norm_backward",
+    [_cpp.BACKEND, _TRITON, reference.BACKEND],
+    lambda grad, rows, mean, rstd, weight, ids, num_strata: (
+        grad, rows, mean, rstd, weight, ids, num_strata,
+    ),
+)  # fmt: skip
 
 # A list, because an op may not return None: what is wanted, in order.
 NAMESPACE.define(  # type: ignore[no-untyped-call]

@@ -111,7 +111,11 @@ _TRITON = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton,
 )
-_registry.register("stratum_sums", [_cpp.BACKEND, _TRITON, reference.BACKEND])
+_registry.register(
+    "stratum_sums",
+    [_cpp.BACKEND, _TRITON, reference.BACKEND],
+    lambda rows, ids, num_strata: (rows, ids, num_strata),
+)
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratum_sums(Tensor rows, Tensor ids, SymInt num_strata, str backend) -> Tensor"

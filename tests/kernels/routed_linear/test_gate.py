@@ -18,11 +18,10 @@ SAMPLE = [
     ("forward", 100, "bfloat16", 256, True),
 ]
 EVERY = [
-    (kind, arch, dtype, width, has_order)
+    (kind, arch, dtype, 64, has_order)
     for kind in ("forward", "backward")
     for arch in (80, 90, 100)
     for dtype in DTYPES
-    for width in (32, 64, 256)
     for has_order in (False, True)
 ]
 MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor

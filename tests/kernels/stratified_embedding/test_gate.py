@@ -20,11 +20,10 @@ SAMPLE = [
     ("add", 100, "float32", 256),
 ]
 EVERY = [
-    (kind, arch, dtype, width)
+    (kind, arch, dtype, 64)
     for kind in ("reduce", "add", "slots", "long")
     for arch in (80, 90, 100)
     for dtype in DTYPES
-    for width in (16, 64, 256)
 ]
 MAX_REGISTERS = 96  # five blocks of 128 threads on a multiprocessor
 MAX_SHARED_BYTES = 8192

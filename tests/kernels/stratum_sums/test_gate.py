@@ -10,7 +10,7 @@ import sys
 import pytest
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-STRATA = (2, 4, 8, 16, 64)
+STRATA = (8, 64)
 SAMPLE = [
     *(("chunk", 90, "float32", strata, 64) for strata in (4, 64)),
     ("chunk", 90, "bfloat16", 8, 64),
@@ -20,11 +20,10 @@ SAMPLE = [
 ]
 EVERY = [
     *(
-        ("chunk", arch, dtype, strata, width)
+        ("chunk", arch, dtype, strata, 64)
         for arch in (80, 90, 100)
         for dtype in DTYPES
         for strata in STRATA
-        for width in (64, 256)
     ),
     *(("fold", arch, dtype) for arch in (80, 90, 100) for dtype in ("float32", "float64")),
 ]
