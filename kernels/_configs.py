@@ -1,19 +1,25 @@
 """Launch configs of the Triton kernels: checked-in tables, so that every run has the same bits.
 
-A table ``configs/<op>.json`` is a list of entries; an entry without an ``arch`` (or a ``dtype``)
-holds for all of them. ``python -m pinet_fast.kernels.tune`` writes entries for the GPU it finds.
+A table ``configs/<op>.json`` is a list of entries: ``arch``, ``dtype`` (either may be ``any``),
+``bucket`` (a range of shapes, named by the op), ``config``, and ``source``, which says how it was
+found. ``python -m benchmarks.tune`` writes entries for the GPU it runs on.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 FOLDER = Path(__file__).resolve().parent / "configs"
+_tried: dict[tuple[str, str], dict[str, int]] = {}
 
 
 def lookup(op: str, device: torch.device, dtype: str, bucket: str) -> dict[str, int]:
@@ -28,7 +34,17 @@ def lookup(op: str, device: torch.device, dtype: str, bucket: str) -> dict[str, 
     Raises:
         KeyError: The table has no entry that holds.
     """
-    return dict(_found(op, arch_of(device), dtype, bucket))
+    return dict(_tried.get((op, bucket)) or _found(op, arch_of(device), dtype, bucket))
+
+
+@contextmanager
+def trying(op: str, bucket: str, config: dict[str, int]) -> Iterator[None]:
+    """Use a config whatever the table says: how the tuner compares candidates."""
+    _tried[op, bucket] = config
+    try:
+        yield
+    finally:
+        del _tried[op, bucket]
 
 
 def arch_of(device: torch.device) -> str:
