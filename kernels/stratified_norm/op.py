@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 _MAX_TRITON_STRATA = 64
-_MAX_TRITON_WIDTH = 16384
+_MAX_TRITON_BYTES = 65536  # of a row held in registers
 
 
 def stratified_norm_backward(
@@ -159,8 +159,10 @@ def _triton_supports(
         return reason
     if num_strata > _MAX_TRITON_STRATA:
         return f"{num_strata} strata are more than {_MAX_TRITON_STRATA}"
-    if rows.shape[1] > _MAX_TRITON_WIDTH:
-        return f"rows of {rows.shape[1]} numbers are longer than {_MAX_TRITON_WIDTH}"
+    is_double = any(x is not None and x.dtype is torch.float64 for x in (grad, rows, mean, weight))
+    longest = _MAX_TRITON_BYTES // (8 if is_double else 4)
+    if rows.shape[1] > longest:
+        return f"rows of {rows.shape[1]} numbers are longer than {longest}"
     return None
 
 

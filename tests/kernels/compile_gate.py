@@ -100,12 +100,14 @@ def run_script(arguments, sample, every, compile_case):
         print(json.dumps(describe(case, compile_case(case), tool)), flush=True)
 
 
-def every_record():
-    """Compile every case of every op in processes of their own; yield a name and a record each."""
+def every_record(only):
+    """Compile every case in a process for each op (of ``only``); yield a name and a record each."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     for script in sorted(HERE.glob("*/test_gate.py")):
+        if only and script.parent.name not in only:
+            continue
         done = subprocess.run(
             [sys.executable, str(script), str(tool), "all"],
             env={
@@ -143,33 +145,41 @@ def main():
     import triton
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", help="folders of kernels/; default all")
     parser.add_argument("--write", action="store_true", help="make this the baseline")
-    write = parser.parse_args().write
+    given = parser.parse_args()
     baselines = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     baseline = baselines.get(triton.__version__, {})
+    asked = {name: old for name, old in baseline.items() if _is_asked(name, given.ops)}
     columns = (*COSTS, *GAINS)
     print(f"{'triton ' + triton.__version__:62s}", *columns)
     records, num_bad = {}, 0
-    for name, record in every_record():
+    for name, record in every_record(given.ops):
         records[name] = record
         counts = [f"{record[column]:>{len(column)}}" for column in columns]
         print(f"{name:62s}", *counts, flush=True)
-        for fault in faults(record, None if write else baseline.get(name)):
+        for fault in faults(record, None if given.write else asked.get(name)):
             print(f"    FAULT: {fault}")
             num_bad += 1
-    if write:
-        baselines[triton.__version__] = {
+    if given.write:
+        found = {
             name: {key: value for key, value in record.items() if key != "atomics"}
             for name, record in records.items()
         }
+        kept = {name: old for name, old in baseline.items() if name not in asked}
+        baselines[triton.__version__] = dict(sorted({**kept, **found}.items()))
         BASELINE.write_text(_as_json(baselines))
         return 1 if num_bad else 0
-    unknown, gone = sorted(records.keys() - baseline), sorted(baseline.keys() - records)
+    unknown, gone = sorted(records.keys() - asked), sorted(asked.keys() - records)
     print(f"{len(records)} kernels, {num_bad} faults")
     if unknown or gone:
         print(f"not in the baseline: {unknown or 'none'}")
         print(f"in the baseline alone: {gone or 'none'}; write a new one with --write")
     return 1 if num_bad else 2 if unknown or gone else 0
+
+
+def _is_asked(name, ops):
+    return not ops or name.split()[0] in ops
 
 
 def _as_json(baselines):

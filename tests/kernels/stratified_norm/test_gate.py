@@ -21,13 +21,15 @@ SAMPLE = [
     ("rows", 80, "float32", 8, 16384),
     ("columns", 90, "float32", 16, 1024),
 ]
-WIDTHS = {"rows": (64, 512, 2048, 16384), "columns": (1024,)}
+WIDTHS = {"rows": (64, 512, 2048, 8192, 16384), "columns": (1024,)}
+LONGEST = {"float32": 16384, "float64": 8192, "bfloat16": 16384, "float16": 16384}
 EVERY = [
     (kind, arch, dtype, 8, width)
     for kind in ("rows", "columns")
     for arch in (80, 90, 100)
     for dtype in DTYPES
     for width in WIDTHS[kind]
+    if width <= LONGEST[dtype]
 ]
 MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
 MAX_SHARED_BYTES = 36864
