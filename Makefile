@@ -8,12 +8,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(wildcard kernels/csrc/*) $(wildcard kernels/*/csrc/*)
 DATA ?=
 OUT ?= demo
+WRITE ?=
+OLD_TRITON := build/triton-3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench clean
+.PHONY: help install demo test sanitize gates lint types bench gpu-report clean
 
 help:  ## Say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## Make .venv with everything pinned, and build
 	@$(BIN)/python -m pinet_fast.kernels
@@ -34,6 +36,21 @@ demo: install  ## Joint against deconfounded training, by stratum (DATA=path for
 test: install  ## All tests
 	$(BIN)/python -m pytest
 
+sanitize: install  ## The C++ kernels under AddressSanitizer and UBSan
+	$(BIN)/python -m pytest tests/kernels/test_sanitize.py
+
+# Every kernel, dtype and launch config, compiled for sm_80, sm_90 and sm_100 by the newest Triton
+# that the torch here takes and by the oldest that is supported, against tests/kernels/gates.json.
+gates: install  ## Compile all GPU kernels, without a GPU, and compare with the baseline (WRITE=1: a new one)
+	$(BIN)/python tests/kernels/compile_gate.py $(if $(WRITE),--write)
+	@if $(MAKE) --silent $(OLD_TRITON)/.installed; then \
+	  PYTHONPATH=$(OLD_TRITON) $(BIN)/python tests/kernels/compile_gate.py $(if $(WRITE),--write); \
+	else echo "gates: pip cannot get triton 3.6.0 here, so the newest alone was checked"; fi
+
+$(OLD_TRITON)/.installed: $(VENV)/.installed
+	$(PIP) install --quiet --no-deps --upgrade --target $(OLD_TRITON) triton==3.6.0
+	@touch $@
+
 lint: install  ## Ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +60,11 @@ types: install  ## mypy, strict
 
 bench: install  ## All benchmarks on this CPU
 	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -o addopts= --import-mode=importlib
+
+# No installation: a checkout, torch and Triton are enough.
+gpu-report:  ## Check and time every kernel on a GPU (OUT=FILE.json)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_report \
+	  --out $(if $(filter-out demo,$(OUT)),$(OUT),benchmarks/results/gpu.json)
 
 clean:  ## Remove what was built and installed here
 	rm -rf $(VENV) build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -3,7 +3,7 @@
 Importing this loads no Triton, no compiled library and no driver; the first call of an op does.
 """
 
-from ._registry import backend_status, describe_status
+from ._registry import backend_status, describe_status, explain
 from .ragged_attention import ragged_attention
 from .routed_linear import routed_linear
 from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
@@ -17,6 +17,7 @@ from .stratum_sums import stratum_sums
 __all__ = [
     "backend_status",
     "describe_status",
+    "explain",
     "ragged_attention",
     "routed_linear",
     "stratified_embedding_add",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pinet_fast import _env
-from pinet_fast.errors import BackendUnavailableError
+from pinet_fast.errors import BackendUnavailableError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,13 +43,27 @@ class Backend:
 
 
 _ops: dict[str, tuple[Backend, ...]] = {}
+_arguments: dict[str, Callable[..., tuple[Any, ...]]] = {}
 _calls: Counter[tuple[str, str]] = Counter()
 _logged: set[tuple[str, str]] = set()
 
 
-def register(op: str, backends: Sequence[Backend]) -> None:
-    """Make the backends of an op known; called once per op, when its module is imported."""
+def register(
+    op: str,
+    backends: Sequence[Backend],
+    arguments: Callable[..., tuple[Any, ...]] | None = None,
+) -> None:
+    """Make the backends of an op known; called once per op, when its module is imported.
+
+    Args:
+        op: Name of the op.
+        backends: Its implementations.
+        arguments: Takes what the op's public function does, by position, and returns what
+            ``is_supported`` takes; None where the op has no public function.
+    """
     _ops[op] = tuple(sorted(backends, key=lambda backend: -backend.priority))
+    if arguments is not None:
+        _arguments[op] = arguments
 
 
 def backends(op: str) -> tuple[Backend, ...]:
@@ -85,16 +101,46 @@ def select(op: str, inputs: Sequence[Any], explicit: str | None = None) -> Backe
     asked = f"backend {forced!r} cannot serve" if forced else "no backend can serve"
     where = "the argument backend=" if explicit else f"the environment variable {_env.BACKEND}"
     fix = f"drop {where} to let the library choose" if forced else "see the reasons below"
-    raise BackendUnavailableError(f"{op}: {asked} these inputs; {fix}.\n{explain(op, inputs)}")
+    lines = _lines(op, inputs)
+    raise BackendUnavailableError(f"{op}: {asked} these inputs; {fix}.\n  " + "\n  ".join(lines))
 
 
 def explain(op: str, inputs: Sequence[Any]) -> str:
-    """Return one line per backend of an op: whether it can serve these inputs, and why not."""
-    lines = []
-    for backend in _ops[op]:
-        reason = backend.refusal(inputs)
-        lines.append(f"  {backend.name}: {'can serve' if reason is None else reason}")
-    return "\n".join(lines)
+    """Say which backends of an op can serve some inputs, and why the others cannot.
+
+    Args:
+        op: Name of the op, such as ``"stratum_gram"``.
+        inputs: The arguments of the function of that name, by position and without ``backend``;
+            nothing is computed.
+
+    Returns:
+        One line per backend, in the order in which they are tried: its name, and ``can serve`` or
+        the reason why not.
+
+    Raises:
+        InputError: There is no such op, or it takes other arguments.
+    """
+    if op not in _arguments:
+        near = difflib.get_close_matches(op, _arguments, n=1)
+        raise InputError(
+            f"explain: op: expected one of {', '.join(sorted(_arguments))}; got {op!r}"
+            + (f"; did you mean {near[0]!r}?" if near else "; choose one of them")
+        )
+    arguments = _arguments[op]
+    try:
+        bound = inspect.signature(arguments).bind(*inputs)
+    except TypeError as error:
+        expected = ", ".join(inspect.signature(arguments).parameters)
+        raise InputError(
+            f"explain: inputs: expected the arguments of {op} ({expected}), got {len(inputs)} of "
+            "them; pass a list, as the op takes them"
+        ) from error
+    return "\n".join(_lines(op, arguments(*bound.args)))
+
+
+def _lines(op: str, inputs: Sequence[Any]) -> list[str]:
+    found = [(backend.name, backend.refusal(inputs)) for backend in _ops[op]]
+    return [f"{name}: {'can serve' if reason is None else reason}" for name, reason in found]
 
 
 def record_call(op: str, backend: str) -> None:

@@ -30,7 +30,11 @@ def triton_probe() -> str | None:
 def device_refusal(device: torch.device) -> str | None:
     """Return None if Triton kernels can read tensors of this device, else the reason why not."""
     expected = "cpu" if is_interpreted() else "cuda"
-    return None if device.type == expected else f"the tensors are on {device.type}, not {expected}"
+    if device.type != expected:
+        return f"the tensors are on {device.type}, not {expected}"
+    if expected == "cuda" and device.index != torch.cuda.current_device():
+        return f"the tensors are on {device}, which is not the current device"
+    return None
 
 
 def padded(size: int) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from pinet_fast.errors import InputError
 
-from .. import _registry
+from .. import _registry, _tl
 from .._library import NAMESPACE
 from . import _cpp, reference
 
@@ -46,8 +46,8 @@ def routed_linear(
             ``row_offsets[h + 1]``: H + 1 ascending ints on the host, from 0 to N.
         order: The stable permutation that sorts ``ids``, int64 [N]; None where they are sorted,
             which saves gathering the rows.
-        backend: ``"reference"`` or ``"cpp"``; None lets the library choose. The backward uses what
-            the forward was asked to use.
+        backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose. The
+            backward uses what the forward was asked to use.
 
     Returns:
         [N, D_out] of the dtype of ``rows``, in the order of ``rows``.
@@ -58,10 +58,10 @@ def routed_linear(
         RuntimeError: The gradient of a gradient is asked for.
 
     Numerics:
-        Products are the vendor's (BLAS) in the dtype of the rows; gradients of biases are summed as
-        by ``stratum_sums``. Heads without rows get zero gradients exactly, and no head's rows
-        reach another's gradient: a NaN stays with its own. The same bits for the same inputs and
-        number of threads.
+        Products are the vendor's (BLAS) in the dtype of the rows, on a GPU our own, summed in
+        float32; gradients of biases are summed as by ``stratum_sums``. Heads without rows get zero
+        gradients exactly, and no head's rows reach another's gradient: a NaN stays with its own.
+        The same bits for the same inputs and number of threads.
 
     Cost:
         ``cost(num_rows, wide, deep, num_heads, itemsize)``, a forward.
@@ -141,8 +141,49 @@ def _check(
         )
 
 
-_registry.register("routed_linear", [_cpp.FORWARD, reference.FORWARD])
-_registry.register("routed_linear_backward", [_cpp.BACKWARD, reference.BACKWARD])
+def _triton_supports(first: Tensor, *others: object) -> str | None:
+    if reason := _tl.device_refusal(first.device):
+        return reason
+    if first.dtype is torch.float64:
+        return "no Triton kernel for float64"
+    return None
+
+
+def _run_triton_forward(*arguments: object) -> None:
+    # Triton is imported by the first call that needs it.
+    from . import _triton
+
+    _triton.run_forward(*arguments)  # type: ignore[no-untyped-call]
+
+
+def _run_triton_backward(*arguments: object) -> None:
+    from . import _triton
+
+    _triton.run_backward(*arguments)  # type: ignore[no-untyped-call]
+
+
+_TRITON_FORWARD = _registry.Backend(
+    name="triton",
+    priority=20,
+    probe=_tl.triton_probe,
+    is_supported=_triton_supports,
+    impl=_run_triton_forward,
+)
+_TRITON_BACKWARD = _registry.Backend(
+    name="triton",
+    priority=20,
+    probe=_tl.triton_probe,
+    is_supported=_triton_supports,
+    impl=_run_triton_backward,
+)
+_registry.register(
+    "routed_linear",
+    [_cpp.FORWARD, _TRITON_FORWARD, reference.FORWARD],
+    lambda rows, weight, bias, ids, row_offsets, order=None: (
+        rows, weight, bias, ids, row_offsets, order,
+    ),
+)  # fmt: skip
+_registry.register("routed_linear_backward", [_cpp.BACKWARD, _TRITON_BACKWARD, reference.BACKWARD])
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "routed_linear(Tensor rows, Tensor weight, Tensor? bias, Tensor ids, SymInt[] row_offsets,"

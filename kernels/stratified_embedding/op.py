@@ -8,7 +8,7 @@ import torch
 
 from pinet_fast.errors import InputError
 
-from .. import _registry
+from .. import _registry, _tl
 from .._library import NAMESPACE
 from . import _cpp, reference
 
@@ -40,7 +40,7 @@ def stratified_embedding_reduce(
             float64, bfloat16 or float16; on one device; any strides, expanded tensors included.
         num_strata: S >= 1.
         num_rows: V, the rows of the table.
-        backend: ``"reference"`` or ``"cpp"``; None lets the library choose.
+        backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose.
 
     Returns:
         rows: int64 [U], the distinct ids, ascending.
@@ -54,8 +54,9 @@ def stratified_embedding_reduce(
         BackendUnavailableError: The backend asked for cannot serve these inputs.
 
     Numerics:
-        Summed in the order of the lists and their entries, in float32 at least. Bitwise
-        deterministic, for any number of threads and any layout. A NaN or an infinity stays in its
+        Summed in the order of the lists and their entries, in float32 at least; on a GPU the
+        entries of a popular item are summed in parts. Bitwise deterministic, for any number of
+        threads and any layout. A NaN or an infinity stays in its
         (stratum, item).
 
     Cost:
@@ -96,10 +97,12 @@ def stratified_embedding_add(
         ids: K tensors int64 [N_k], as of ``stratified_embedding_reduce``; K = 0 adds nothing.
         strata: K tensors int64 [N_k].
         grads: K tensors [N_k, ...].
-        backend: ``"reference"`` or ``"cpp"``; None lets the library choose.
+        backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose.
 
     Raises:
-        InputError: As of ``stratified_embedding_reduce``; ``dense`` is then as it was.
+        InputError: As of ``stratified_embedding_reduce``; ``dense`` is then as it was. On a GPU
+            nobody waits to see whether ids and strata are in range: entries that are not are left
+            out.
         BackendUnavailableError: The backend asked for cannot serve these inputs.
 
     Numerics:
@@ -179,8 +182,57 @@ def _check(
             )
 
 
-_registry.register("stratified_embedding_reduce", [_cpp.REDUCE, reference.REDUCE])
-_registry.register("stratified_embedding_add", [_cpp.ADD, reference.ADD])
+def _triton_supports(like: Tensor) -> str | None:
+    return _tl.device_refusal(like.device)
+
+
+def _run_triton_reduce(
+    ids: Sequence[Tensor],
+    strata: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    num_strata: int,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Triton is imported by the first call that needs it.
+    from . import _triton
+
+    return _triton.run_reduce(  # type: ignore[no-any-return, no-untyped-call]
+        ids, strata, grads, num_strata, num_rows
+    )
+
+
+def _run_triton_add(
+    dense: Tensor, ids: Sequence[Tensor], strata: Sequence[Tensor], grads: Sequence[Tensor]
+) -> None:
+    from . import _triton
+
+    _triton.run_add(dense, ids, strata, grads)  # type: ignore[no-untyped-call]
+
+
+_TRITON_REDUCE = _registry.Backend(
+    name="triton",
+    priority=20,
+    probe=_tl.triton_probe,
+    is_supported=_triton_supports,
+    impl=_run_triton_reduce,
+)
+_TRITON_ADD = _registry.Backend(
+    name="triton",
+    priority=20,
+    probe=_tl.triton_probe,
+    is_supported=_triton_supports,
+    impl=_run_triton_add,
+)
+_registry.register(
+    "stratified_embedding_reduce",
+    [_cpp.REDUCE, _TRITON_REDUCE, reference.REDUCE],
+    lambda ids, strata, grads, num_strata, num_rows: (grads[0],),
+)
+_registry.register(
+    "stratified_embedding_add",
+    [_cpp.ADD, _TRITON_ADD, reference.ADD],
+    lambda dense, ids, strata, grads: (dense,),
+)
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratified_embedding_reduce(Tensor[] ids, Tensor[] strata, Tensor[] grads,"

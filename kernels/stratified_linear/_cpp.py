@@ -42,6 +42,7 @@ def run(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    precision: str = "ieee",
 ) -> None:
     """Write the gradients that are wanted; arguments as of the reference."""
     by_stratum = (grad, rows)

@@ -9,7 +9,7 @@ import torch
 
 from pinet_fast.errors import InputError
 
-from .. import _registry
+from .. import _registry, _tl
 from .._library import NAMESPACE
 from . import _cpp, reference
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
+_PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 def stratified_linear_backward(
@@ -33,6 +34,7 @@ def stratified_linear_backward(
     need_rows: bool = True,
     need_weight: bool = True,
     need_bias: bool = True,
+    precision: str = "ieee",
     backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of ``y = x W^T + b``, those of W and b by stratum.
@@ -54,7 +56,10 @@ def stratified_linear_backward(
         need_rows: Whether ``grad_rows`` is wanted.
         need_weight: Whether ``grad_weight`` is wanted.
         need_bias: Whether ``grad_bias`` is wanted.
-        backend: ``"reference"`` or ``"cpp"``; None lets the library choose.
+        precision: Of float32 products for ``grad_weight`` on tensor cores: ``"ieee"`` (without
+            them), ``"tf32"``, or ``"tf32x3"``, close to ieee; backends without the choice are more
+            precise. Products for ``grad_rows`` are torch's, and follow torch's settings.
+        backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose.
 
     Returns:
         ``grad_rows`` [N, D_in] of the dtype of ``rows``; ``grad_weight`` [S, D_out, D_in] and
@@ -62,21 +67,27 @@ def stratified_linear_backward(
         detached (the op is not differentiable); None where not needed.
 
     Raises:
-        InputError: Shapes, dtypes, devices or offsets are not as above.
+        InputError: Shapes, dtypes, devices, offsets or the precision are not as above.
         BackendUnavailableError: The backend asked for cannot serve these inputs.
 
     Numerics:
-        Products are the vendor's (BLAS) in the dtype of the rows; bias sums as of
-        ``stratum_sums``. An empty stratum gives exact zeros, and no stratum reads another's rows: a
-        NaN stays with its own. The same bits for the same inputs and number of threads.
+        Products are the vendor's (BLAS) in the dtype of the rows; those by stratum on a GPU are our
+        own, summed in float32. Bias sums as of ``stratum_sums``. An empty stratum gives exact
+        zeros, and no stratum reads another's rows: a NaN stays with its own. The same bits for the
+        same inputs and number of threads.
 
     Cost:
         ``cost(num_rows, wide, deep, num_strata, itemsize)``.
     """
     _check(grad, rows, weight, ids, row_offsets, order, need_rows)
+    if precision not in _PRECISIONS:
+        raise InputError(
+            f"stratified_linear_backward: precision: expected one of {', '.join(_PRECISIONS)}, got "
+            f"{precision!r}; leave it out for ieee"
+        )
     outs = torch.ops.pinet.stratified_linear_backward.default(
         grad, rows, weight, ids, row_offsets, order, need_rows, need_weight, need_bias,
-        backend or "",
+        backend or "", precision,
     )  # fmt: skip
     found = iter(outs)
     return (
@@ -161,13 +172,61 @@ def _check(
         )
 
 
-_registry.register("stratified_linear_backward", [_cpp.BACKEND, reference.BACKEND])
+def _triton_supports(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    row_offsets: Sequence[int],
+    order: Tensor | None,
+) -> str | None:
+    if reason := _tl.device_refusal(rows.device):
+        return reason
+    if rows.dtype is torch.float64:
+        return "no Triton kernel for float64"
+    return None
+
+
+def _run_triton(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    row_offsets: Sequence[int],
+    order: Tensor | None,
+    grad_rows: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    precision: str = "ieee",
+) -> None:
+    # Triton is imported by the first call that needs it.
+    from . import _triton
+
+    _triton.run(  # type: ignore[no-untyped-call]
+        grad, rows, weight, ids, row_offsets, order, grad_rows, grad_weight, grad_bias, precision
+    )
+
+
+_TRITON = _registry.Backend(
+    name="triton",
+    priority=20,
+    probe=_tl.triton_probe,
+    is_supported=_triton_supports,
+    impl=_run_triton,
+)
+_registry.register(
+    "stratified_linear_backward",
+    [_cpp.BACKEND, _TRITON, reference.BACKEND],
+    lambda grad, rows, weight, ids, row_offsets, order=None: (
+        grad, rows, weight, ids, row_offsets, order,
+    ),
+)  # fmt: skip
 
 # A list, because an op may not return None: what is wanted, in order.
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratified_linear_backward(Tensor grad, Tensor rows, Tensor? weight, Tensor ids,"
     " SymInt[] row_offsets, Tensor? order, bool need_rows, bool need_weight, bool need_bias,"
-    " str backend) -> Tensor[]"
+    " str backend, str precision='ieee') -> Tensor[]"
 )
 
 
@@ -182,13 +241,14 @@ def _kernel(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     # The choice is made here, not in the public function: see stratum_gram.
     inputs = (grad, rows, weight, ids, row_offsets, order)
     chosen = _registry.select("stratified_linear_backward", inputs, backend or None)
     with torch.no_grad():
         outs = _outputs(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
-        chosen.impl(*inputs, *outs)
+        chosen.impl(*inputs, *outs, precision)
     _registry.record_call("stratified_linear_backward", chosen.name)
     return [out for out in outs if out is not None]
 
@@ -204,6 +264,7 @@ def _fake(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     outs = _outputs(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
     return [out for out in outs if out is not None]

@@ -26,6 +26,7 @@ def stratified_linear_backward_reference(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    precision: str = "ieee",
 ) -> None:
     """Write the gradients that are wanted; reads no value on the host.
 
@@ -39,6 +40,7 @@ def stratified_linear_backward_reference(
         grad_rows: [N, D_in], fully written, or None.
         grad_weight: [S, D_out, D_in], fully written, or None.
         grad_bias: [S, D_out], fully written, or None.
+        precision: Not looked at: no product is less precise than its dtype.
     """
     if grad_rows is not None:
         assert weight is not None

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def is_supported(
-    grad: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, ids: Tensor
+    grad: Tensor,
+    rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    num_strata: int,
 ) -> str | None:
     """Return None if the C++ kernel takes these tensors, else the reason why not."""
     if rows.device.type != "cpu":

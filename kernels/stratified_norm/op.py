@@ -8,7 +8,7 @@ import torch
 
 from pinet_fast.errors import InputError
 
-from .. import _registry
+from .. import _registry, _tl
 from .._library import NAMESPACE
 from . import _cpp, reference
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
+_MAX_TRITON_STRATA = 64
+_MAX_TRITON_BYTES = 65536  # of a row held in registers
 
 
 def stratified_norm_backward(
@@ -52,7 +54,7 @@ def stratified_norm_backward(
         need_rows: Whether ``grad_rows`` is wanted.
         need_weight: Whether ``grad_weight`` is wanted.
         need_bias: Whether ``grad_bias`` is wanted.
-        backend: ``"reference"`` or ``"cpp"``; None lets the library choose.
+        backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose.
 
     Returns:
         ``grad_rows`` [N, D] of the dtype of ``rows``; ``grad_weight`` and ``grad_bias`` [S, D] of
@@ -144,7 +146,59 @@ def _check(
         )
 
 
-_registry.register("stratified_norm_backward", [_cpp.BACKEND, reference.BACKEND])
+def _triton_supports(
+    grad: Tensor,
+    rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    num_strata: int,
+) -> str | None:
+    if reason := _tl.device_refusal(rows.device):
+        return reason
+    if num_strata > _MAX_TRITON_STRATA:
+        return f"{num_strata} strata are more than {_MAX_TRITON_STRATA}"
+    is_double = any(x is not None and x.dtype is torch.float64 for x in (grad, rows, mean, weight))
+    longest = _MAX_TRITON_BYTES // (8 if is_double else 4)
+    if rows.shape[1] > longest:
+        return f"rows of {rows.shape[1]} numbers are longer than {longest}"
+    return None
+
+
+def _run_triton(
+    grad: Tensor,
+    rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    ids: Tensor,
+    grad_rows: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    # Triton is imported by the first call that needs it.
+    from . import _triton
+
+    _triton.run(  # type: ignore[no-untyped-call]
+        grad, rows, mean, rstd, weight, ids, grad_rows, grad_weight, grad_bias
+    )
+
+
+_TRITON = _registry.Backend(
+    name="triton",
+    priority=20,
+    probe=_tl.triton_probe,
+    is_supported=_triton_supports,
+    impl=_run_triton,
+)
+_registry.register(
+    "stratified_norm_backward",
+    [_cpp.BACKEND, _TRITON, reference.BACKEND],
+    lambda grad, rows, mean, rstd, weight, ids, num_strata: (
+        grad, rows, mean, rstd, weight, ids, num_strata,
+    ),
+)  # fmt: skip
 
 # A list, because an op may not return None: what is wanted, in order.
 NAMESPACE.define(  # type: ignore[no-untyped-call]
@@ -169,7 +223,7 @@ def _kernel(
 ) -> list[Tensor]:
     # The choice is made here, not in the public function: see stratum_gram.
     inputs = (grad, rows, mean, rstd, weight, ids)
-    chosen = _registry.select("stratified_norm_backward", inputs, backend or None)
+    chosen = _registry.select("stratified_norm_backward", (*inputs, num_strata), backend or None)
     with torch.no_grad():
         outs = _outputs(rows, num_strata, need_rows, need_weight, need_bias)
         chosen.impl(*inputs, *outs)

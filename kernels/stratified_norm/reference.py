@@ -54,6 +54,6 @@ BACKEND = Backend(
     name="reference",
     priority=0,
     probe=lambda: None,
-    is_supported=lambda grad, rows, mean, rstd, weight, ids: None,
+    is_supported=lambda grad, rows, mean, rstd, weight, ids, num_strata: None,
     impl=stratified_norm_backward_reference,
 )

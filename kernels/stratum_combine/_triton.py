@@ -12,13 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import _configs
 from .._tl import is_interpreted
 
-# Bytes of one slice in a tile: a load of 16 bytes a thread and stratum; with two of them 128
-# registers are used instead of 76 (S = 8, float32).
-_TILE_BYTES = 2048
-_TILES = 8
-_NUM_WARPS = 4
 _TL_DTYPE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -155,12 +151,18 @@ def _flat(grad, out, has_rows):
     return slices, out.contiguous().view(-1)
 
 
-def launch_options(strata, dtype, out_dtype, has_scale, has_rows, is_aligned, reverse=False):
-    """Return the compile-time arguments; data, never tuned at run time."""
+def launch_options(
+    strata, dtype, out_dtype, has_scale, has_rows, is_aligned, config, reverse=False
+):  # fmt: skip
+    """Return the compile-time arguments from their config.
+
+    Its TILE_BYTES are of one slice: 2048 are a load of 16 bytes a thread and stratum. With two of
+    them 128 registers are used instead of 76 (S = 8, float32).
+    """
     return {
         "S": strata,
-        "BLOCK": _TILE_BYTES // dtype.itemsize,
-        "TILES": _TILES,
+        "BLOCK": config["TILE_BYTES"] // dtype.itemsize,
+        "TILES": config["TILES"],
         "DTYPE": _TL_DTYPE[dtype],
         "OUT_DTYPE": _TL_DTYPE[out_dtype],
         "COMPUTE": tl.float64 if torch.float64 in (dtype, out_dtype) else tl.float32,
@@ -200,9 +202,13 @@ def _launch(chosen, grads, weights, weight_step, outs, scale, accumulate, rows, 
             max(out.numel() // max(num_rows, 1), 1), num_rows,
         ])  # fmt: skip
         is_aligned &= (grad.data_ptr() | out.data_ptr()) % 16 == 0 and grad.stride(0) % 8 == 0
+    dtype = grads[chosen[0]].dtype
+    config = _configs.lookup(
+        "stratum_combine", weights.device, str(dtype).removeprefix("torch."), "all"
+    )
     options = launch_options(
-        weights.shape[1], grads[chosen[0]].dtype, outs[chosen[0]].dtype, scale is not None,
-        has_rows, is_aligned, reverse,
+        weights.shape[1], dtype, outs[chosen[0]].dtype, scale is not None, has_rows, is_aligned,
+        config, reverse,
     )  # fmt: skip
     sizes = tuple(grad.shape[1] for grad, _, _ in keep)
     first, owners = _chunks(sizes, options["BLOCK"] * options["TILES"], weights.device)
@@ -214,7 +220,7 @@ def _launch(chosen, grads, weights, weight_step, outs, scale, accumulate, rows, 
     if len(owners):
         _stratum_combine_kernel[(len(owners),)](
             table, owners, weights, weights if scale is None else scale, **options,
-            num_warps=_NUM_WARPS,
+            num_warps=config["num_warps"],
         )  # fmt: skip
     for out, copy in copied:
         out.copy_(copy.view(out.shape))

@@ -208,7 +208,11 @@ _TRITON = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton,
 )
-_registry.register("stratum_combine", [_cpp.BACKEND, _TRITON, reference.BACKEND])
+_registry.register(
+    "stratum_combine",
+    [_cpp.BACKEND, _TRITON, reference.BACKEND],
+    lambda grads, weights, outs: (list(grads), list(outs)),
+)
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratum_combine(Tensor[] grads, Tensor weights, Tensor(a!)[] outs, Tensor? scale,"

@@ -15,13 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import _configs
 from .._tl import is_interpreted, padded
 
-# Elements of a tile in 4-byte units: twice as many spill for 16 strata (tests/.../test_gate.py).
-_TILE_ELEMENTS = 2048
-_TILES = 32
-_NUM_WARPS = 4
 _FOLD_ROWS = 16
+_FOLD_WARPS = 4
 _TL_DTYPE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -159,13 +157,16 @@ def _as_rows(grad):
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
 
-def launch_options(strata, dtype, is_aligned, reverse=False):
-    """Return the compile-time arguments of the first kernel; data, never tuned at run time."""
+def launch_options(strata, dtype, is_aligned, config, reverse=False):
+    """Return the compile-time arguments of the first kernel from its config.
+
+    Its TILE_ELEMENTS are of 4 bytes: twice 2048 spill for 16 strata (tests/.../test_gate.py).
+    """
     return {
         "S": strata,
         "S_PAD": padded(strata),
-        "BLOCK": _TILE_ELEMENTS // padded(strata) // (2 if dtype is torch.float64 else 1),
-        "TILES": _TILES,
+        "BLOCK": config["TILE_ELEMENTS"] // padded(strata) // (2 if dtype is torch.float64 else 1),
+        "TILES": config["TILES"],
         "DTYPE": _TL_DTYPE[dtype],
         "COMPUTE": tl.float64 if dtype is torch.float64 else tl.float32,
         "IS_ALIGNED": is_aligned,
@@ -191,7 +192,9 @@ def run(grads, out, reverse=False):
         r.data_ptr() % 16 == 0 and r.stride(0) * r.element_size() % 16 == 0 and r.stride(0) % 8 == 0
         for r in rows
     )
-    options = launch_options(strata, dtype, is_aligned, reverse)
+    name = str(dtype).removeprefix("torch.")
+    config = _configs.lookup("stratum_gram", device, name, "all")
+    options = launch_options(strata, dtype, is_aligned, config, reverse)
     width = options["BLOCK"] * options["TILES"]
     first_host, first, owners = _chunks(tuple(r.shape[1] for r in rows), width, device)
     table = torch.tensor(
@@ -206,8 +209,8 @@ def run(grads, out, reverse=False):
     partial = torch.empty((num_chunks, strata, strata), dtype=torch.float64, device=device)
     if num_chunks:
         _stratum_gram_chunk_kernel[(num_chunks,)](
-            partial, table, owners, **options, num_warps=_NUM_WARPS
+            partial, table, owners, **options, num_warps=config["num_warps"]
         )
     _stratum_gram_fold_kernel[(len(rows),)](
-        out, partial, first, **fold_options(strata, reverse), num_warps=_NUM_WARPS
+        out, partial, first, **fold_options(strata, reverse), num_warps=_FOLD_WARPS
     )

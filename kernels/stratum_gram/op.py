@@ -127,7 +127,9 @@ _TRITON = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton,
 )
-_registry.register("stratum_gram", [_cpp.BACKEND, _TRITON, reference.BACKEND])
+_registry.register(
+    "stratum_gram", [_cpp.BACKEND, _TRITON, reference.BACKEND], lambda grads: (list(grads),)
+)
 
 NAMESPACE.define("stratum_gram(Tensor[] grads, str backend) -> Tensor")  # type: ignore[no-untyped-call]
 

@@ -13,7 +13,7 @@ from .._tl import padded
 
 def num_warps(strata):
     """Return one warp, whose threads need not wait for others, while a Gram fits its registers."""
-    return 1 if strata <= 16 else 4
+    return 1 if strata <= 16 else 8
 
 
 @triton.jit

@@ -151,7 +151,9 @@ _TRITON = _registry.Backend(
     is_supported=_triton_supports,
     impl=_run_triton,
 )
-_registry.register("stratum_solve", [_cpp.BACKEND, _TRITON, reference.BACKEND])
+_registry.register(
+    "stratum_solve", [_cpp.BACKEND, _TRITON, reference.BACKEND], lambda gram, rule: (gram, rule)
+)
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratum_solve(Tensor gram, str rule, bool[] present, float c, Tensor? keys, str backend)"

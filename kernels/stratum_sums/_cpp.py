@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def is_supported(rows: Tensor, ids: Tensor) -> str | None:
+def is_supported(rows: Tensor, ids: Tensor, num_strata: int) -> str | None:
     """Return None if the C++ kernel takes these rows, else the reason why not."""
     if rows.device.type != "cpu":
         return f"the tensors are on {rows.device.type}, not cpu"

@@ -8,7 +8,7 @@ import torch
 
 from pinet_fast.errors import InputError
 
-from .. import _registry
+from .. import _registry, _tl
 from .._library import NAMESPACE
 from . import _cpp, reference
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_MAX_TRITON_STRATA = 64
 
 
 def stratum_sums(
@@ -30,7 +31,7 @@ def stratum_sums(
         ids: Stratum of every row, int64 [N] in ``0..num_strata-1``, in any order, on the same
             device.
         num_strata: S >= 1.
-        backend: ``"reference"`` or ``"cpp"``; None lets the library choose.
+        backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose.
 
     Returns:
         New tensor [S, D] of the dtype of ``rows``, float32 for bfloat16 and float16; detached: the
@@ -88,7 +89,33 @@ def _check(rows: Tensor, ids: Tensor, num_strata: int) -> None:
         )
 
 
-_registry.register("stratum_sums", [_cpp.BACKEND, reference.BACKEND])
+def _triton_supports(rows: Tensor, ids: Tensor, num_strata: int) -> str | None:
+    if reason := _tl.device_refusal(rows.device):
+        return reason
+    if num_strata > _MAX_TRITON_STRATA:
+        return f"{num_strata} strata are more than {_MAX_TRITON_STRATA}"
+    return None
+
+
+def _run_triton(rows: Tensor, ids: Tensor, out: Tensor) -> None:
+    # Triton is imported by the first call that needs it.
+    from . import _triton
+
+    _triton.run(rows, ids, out)  # type: ignore[no-untyped-call]
+
+
+_TRITON = _registry.Backend(
+    name="triton",
+    priority=20,
+    probe=_tl.triton_probe,
+    is_supported=_triton_supports,
+    impl=_run_triton,
+)
+_registry.register(
+    "stratum_sums",
+    [_cpp.BACKEND, _TRITON, reference.BACKEND],
+    lambda rows, ids, num_strata: (rows, ids, num_strata),
+)
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratum_sums(Tensor rows, Tensor ids, SymInt num_strata, str backend) -> Tensor"
@@ -97,7 +124,7 @@ NAMESPACE.define(  # type: ignore[no-untyped-call]
 
 def _kernel(rows: Tensor, ids: Tensor, num_strata: int, backend: str) -> Tensor:
     # The choice is made here, not in the public function: see stratum_gram.
-    chosen = _registry.select("stratum_sums", (rows, ids), backend or None)
+    chosen = _registry.select("stratum_sums", (rows, ids, num_strata), backend or None)
     with torch.no_grad():
         out = _fake(rows, ids, num_strata, backend)
         chosen.impl(rows, ids, out)

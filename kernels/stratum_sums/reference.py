@@ -39,6 +39,6 @@ BACKEND = Backend(
     name="reference",
     priority=0,
     probe=lambda: None,
-    is_supported=lambda rows, ids: None,
+    is_supported=lambda rows, ids, num_strata: None,
     impl=stratum_sums_reference,
 )

@@ -5,7 +5,6 @@ Run as a script, this file is the compiling process: it prints one JSON record p
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -15,6 +14,13 @@ CASES = [
     *((90, dtype, 8, False) for dtype in ("bfloat16", "float64")),
     (90, "float32", 8, True),
     *((arch, "float32", 8, False) for arch in (80, 100)),
+]
+EVERY = [
+    (arch, dtype, strata, has_rows)
+    for arch in (80, 90, 100)
+    for dtype in ("float32", "float64", "bfloat16", "float16")
+    for strata in (2, 8)
+    for has_rows in (False, True)
 ]
 MAX_REGISTERS = 128  # four blocks of 128 threads on a multiprocessor, each with S loads in flight
 MAX_SHARED_BYTES = 8192
@@ -38,27 +44,25 @@ def test_kernel_stays_within_its_budget(records, arch, dtype, strata, has_rows):
     assert record["vector_stores"] >= (0 if has_rows else 1)
 
 
-def main(tool):
+def compile_case(case):
     import torch
-    from compile_gate import compile_kernel, describe
+    from compile_gate import compile_kernel
 
+    from pinet_fast.kernels import _configs
     from pinet_fast.kernels.stratum_combine import _triton
 
-    for arch, name, strata, has_rows in CASES:
-        dtype = getattr(torch, name)
-        kernel = compile_kernel(
-            _triton._stratum_combine_kernel,
-            {
-                "table_ptr": "*i64",
-                "owner_ptr": "*i32",
-                "weight_ptr": "*fp64",
-                "scale_ptr": "*fp64",
-            },
-            _triton.launch_options(strata, dtype, dtype, True, has_rows, is_aligned=True),
-            arch,
-        )
-        print(json.dumps(describe((arch, name, strata, has_rows), kernel, tool)))
+    arch, name, strata, has_rows = case
+    dtype = getattr(torch, name)
+    config = _configs.lookup("stratum_combine", torch.device("cpu"), name, "all")
+    return compile_kernel(
+        _triton._stratum_combine_kernel,
+        {"table_ptr": "*i64", "owner_ptr": "*i32", "weight_ptr": "*fp64", "scale_ptr": "*fp64"},
+        _triton.launch_options(strata, dtype, dtype, True, has_rows, True, config),
+        arch,
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from compile_gate import run_script
+
+    run_script(sys.argv[1:], CASES, EVERY, compile_case)

@@ -5,7 +5,6 @@ Run as a script, this file is the compiling process: it prints one JSON record p
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -16,6 +15,16 @@ CHUNK_CASES = [
     *((arch, "float32", strata) for arch in (80, 100) for strata in (8, 16)),
 ]
 FOLD_CASES = [(90, 2), (90, 8), (90, 16), (80, 16), (100, 16)]
+SAMPLE = [*(("chunk", *case) for case in CHUNK_CASES), *(("fold", *case) for case in FOLD_CASES)]
+EVERY = [
+    *(
+        ("chunk", arch, dtype, strata)
+        for arch in (80, 90, 100)
+        for dtype in ("float32", "float64", "bfloat16", "float16")
+        for strata in (4, 16)
+    ),
+    *(("fold", arch, strata) for arch in (80, 90, 100) for strata in (4, 16)),
+]
 MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
 MAX_SHARED_BYTES = 8192
 
@@ -47,29 +56,32 @@ def test_fold_kernel_stays_within_its_budget(records, arch, strata):
     check_budget(records["fold", arch, strata])
 
 
-def main(tool):
+def compile_case(case):
     import torch
-    from compile_gate import compile_kernel, describe
+    from compile_gate import compile_kernel
 
+    from pinet_fast.kernels import _configs
     from pinet_fast.kernels.stratum_gram import _triton
 
-    for arch, dtype, strata in CHUNK_CASES:
-        kernel = compile_kernel(
-            _triton._stratum_gram_chunk_kernel,
-            {"partial_ptr": "*fp64", "table_ptr": "*i64", "owner_ptr": "*i32"},
-            _triton.launch_options(strata, getattr(torch, dtype), is_aligned=True),
-            arch,
-        )
-        print(json.dumps(describe(("chunk", arch, dtype, strata), kernel, tool)))
-    for arch, strata in FOLD_CASES:
-        kernel = compile_kernel(
+    kind, arch, *rest = case
+    if kind == "fold":
+        return compile_kernel(
             _triton._stratum_gram_fold_kernel,
             {"out_ptr": "*fp64", "partial_ptr": "*fp64", "first_ptr": "*i64"},
-            _triton.fold_options(strata),
+            _triton.fold_options(*rest),
             arch,
         )
-        print(json.dumps(describe(("fold", arch, strata), kernel, tool)))
+    dtype, strata = rest
+    config = _configs.lookup("stratum_gram", torch.device("cpu"), dtype, "all")
+    return compile_kernel(
+        _triton._stratum_gram_chunk_kernel,
+        {"partial_ptr": "*fp64", "table_ptr": "*i64", "owner_ptr": "*i32"},
+        _triton.launch_options(strata, getattr(torch, dtype), is_aligned=True, config=config),
+        arch,
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from compile_gate import run_script
+
+    run_script(sys.argv[1:], SAMPLE, EVERY, compile_case)

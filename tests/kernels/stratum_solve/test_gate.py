@@ -5,7 +5,6 @@ Run as a script, this file is the compiling process: it prints one JSON record p
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -15,6 +14,12 @@ CASES = [
     (90, "mgda", 32),
     (80, "mgda", 8),
     (100, "mgda", 8),
+]
+EVERY = [
+    (arch, rule, strata)
+    for arch in (80, 90, 100)
+    for rule in ("agreement", "balanced", "mgda")
+    for strata in (8, 32)
 ]
 MAX_REGISTERS = 255  # one warp a block: registers do not limit anything but spilling
 MAX_SHARED_BYTES = 8192
@@ -36,22 +41,23 @@ def test_kernel_stays_within_its_budget(records, arch, rule, strata):
     assert record["atomics"] == []
 
 
-def main(tool):
-    from compile_gate import compile_kernel, describe
+def compile_case(case):
+    from compile_gate import compile_kernel
 
     from pinet_fast.kernels.stratum_solve import _triton
 
-    for arch, rule, strata in CASES:
-        kernel = compile_kernel(
-            _triton._stratum_solve_kernel,
-            {"out_ptr": "*fp64", "gram_ptr": "*fp64"},
-            _triton.launch_options(rule, strata),
-            arch,
-            integers=("mask", "count"),
-            num_warps=_triton.num_warps(strata),
-        )
-        print(json.dumps(describe((arch, rule, strata), kernel, tool)))
+    arch, rule, strata = case
+    return compile_kernel(
+        _triton._stratum_solve_kernel,
+        {"out_ptr": "*fp64", "gram_ptr": "*fp64"},
+        _triton.launch_options(rule, strata),
+        arch,
+        integers=("mask", "count"),
+        num_warps=_triton.num_warps(strata),
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    from compile_gate import run_script
+
+    run_script(sys.argv[1:], CASES, EVERY, compile_case)
