@@ -51,7 +51,7 @@ class StoreSpools:
             ends = end + np.cumsum(batch.column("n").to_numpy())
             self.offsets.append(ends)
             end = int(ends[-1]) if len(ends) else end
-        self.item_ids.append(pa.array([""]) if self.item_ids.is_text else pa.array([-1]))
+        self.item_ids.append(self.item_ids.padding)
         for batch in table.items():
             self.item_ids.append(batch.column("id"))
         report(0.0, f"sorting {events:,} events")

@@ -137,6 +137,37 @@ def test_integer_ids_come_back(store_of):
             store.item_code(wrong)
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_hashed_ids_come_back(write_log, tmp_path, suffix):
+    """What hash functions give: 64 bits, signed or not, sorted as numbers."""
+    users = [-(2**63), 2**63 - 1, -(2**63), 7]
+    items = [2**64 - 2, 5, 2**63, 2**64 - 2]
+    columns = {"user": pa.array(users), "item": pa.array(items, pa.uint64())}
+    store = SequenceStore.open(prepare(write_log(columns, suffix), store_dir=tmp_path).path)
+    assert store.user_ids.tolist() == [-(2**63), 7, 2**63 - 1]
+    assert store.item_ids.tolist() == [2**64 - 1, 5, 2**63, 2**64 - 2]
+    assert store.item_ids[store.items].tolist() == [2**64 - 2, 2**63, 2**64 - 2, 5]
+    for code in (1, 2, 3):
+        assert store.item_code(int(store.item_ids[code])) == code
+        assert store.user_row(int(store.user_ids[code - 1])) == code - 1
+    for wrong in (2**64 - 1, 2**64, 2**63 + 1, -1, 0):
+        with pytest.raises(DataError, match="ids are integers, 5 to 18446744073709551614"):
+            store.item_code(wrong)
+
+
+@pytest.mark.parametrize("maker", ["pandas", "polars"])
+def test_frames_give_the_same_store(tmp_path, maker):
+    frames = pytest.importorskip(maker)
+    for table in (NUMBERS, WORDS):
+        frame = frames.DataFrame(table.to_pydict())
+        store = prepare(frame, store_dir=tmp_path / "frames")
+        assert_same(store, prepare(table, store_dir=tmp_path / "tables"))
+    lists = {"user": ["b", "a"], "items": [[5, 6, 5], [7]]}
+    store = SequenceStore.from_arrow(frames.DataFrame(lists), store_dir=tmp_path)
+    assert store.user_ids.tolist() == ["a", "b"]
+    assert store.item_ids[store.items].tolist() == [7, 5, 6, 5]
+
+
 def test_opening_strings_allocates_nothing(tmp_path):
     path = prepare(WORDS, store_dir=tmp_path).path
     before = pa.total_allocated_bytes()
