@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,14 +99,38 @@ FAR = 180  # batches ahead of the other, who must not find the lines that the fi
 STREAM = 20  # batches in a turn: a loader builds one after the other, and caches are warm for it
 
 
-def stream(build: Callable[[], object]) -> Callable[[], None]:
-    """Return a turn of a pair: several batches in a row."""
+class Stream:
+    """A turn of a pair: several batches in a row, the processor time of each taken.
 
-    def turn() -> None:
+    On a machine that does other work, the longer of two turns is interrupted more often.
+    """
+
+    def __init__(self, build: Callable[[], object]) -> None:
+        self.build = build
+        self.times: list[float] = []
+
+    def __call__(self) -> None:
+        """Build the batches of one turn."""
         for _ in range(STREAM):
-            build()
+            started = time.thread_time()
+            self.build()
+            self.times.append(time.thread_time() - started)
 
-    return turn
+
+def compared(
+    mine: Callable[[], object], other: Callable[[], object], paired: Callable[..., Any],
+    benchmark: Any, capsys: Any, rounds: int,
+) -> None:  # fmt: skip
+    """Measure in pairs of turns, and by the median processor time of single batches."""
+    one, two = Stream(mine), Stream(other)
+    paired(one, two, rounds=rounds)
+    us, other_us = (float(np.median(s.times[STREAM:])) * 1e6 for s in (one, two))
+    benchmark.extra_info.update(batch_us=us, other_batch_us=other_us)
+    with capsys.disabled():
+        print(
+            f"  processor time of a batch: {us:.0f} us, the other {other_us:.0f} us, "
+            f"ratio {us / other_us:.4f}"
+        )
 
 
 def windows(case: Case, users: np.ndarray) -> list[np.ndarray]:
@@ -120,17 +144,21 @@ def events_of(case: Case) -> float:
     return float(np.minimum(lengths, MAX_LEN).sum() / len(case.batches))
 
 
-def test_gather_over_plain_loop(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+def test_gather_over_plain_loop(
+    case: Case, paired: Callable[..., Any], benchmark: Any, capsys: Any
+) -> None:
     benchmark.group = "gather"
     mine, plain = fast(case), Gather(case, _njit.plan, _njit.gather, first=FAR)
     for users in case.batches[:3]:
         expected = np.concatenate(windows(case, users))
         assert (mine.batch(users) == expected).all()
         assert (plain.batch(users) == expected).all()
-    paired(stream(mine), stream(plain), rounds=100)
+    compared(mine, plain, paired, benchmark, capsys, rounds=100)
 
 
-def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+def test_gather_over_memcpy(
+    case: Case, paired: Callable[..., Any], benchmark: Any, capsys: Any
+) -> None:
     benchmark.group = "gather"
     size = int(events_of(case))
     target, places = np.empty(size, np.int32), iter(range(10**9))
@@ -140,15 +168,17 @@ def test_gather_over_memcpy(case: Case, paired: Callable[..., Any], benchmark: A
         first = next(places) * 7919 % num_blocks * size  # a prime: blocks that do not adjoin
         np.copyto(target, case.items[first : first + size])
 
-    paired(stream(fast(case)), stream(copy), rounds=100)
+    compared(fast(case), copy, paired, benchmark, capsys, rounds=100)
 
 
 def test_gather_over_floor(case: Case, benchmark: Any, capsys: Any, tmp_path: Path) -> None:
-    """Eta of the gather, and the cost of a random line against an independent loop in C."""
+    """Eta of the gather; the lower cost of a random line counts, Numba's or that of a loop in C."""
     benchmark.group = "gather"
     size = events_of(case)
     costs = MemoryFloor.measure(table_bytes=case.items.nbytes, copy_bytes=int(size) * 4 // 8 * 8)
     in_c = c_line_seconds(tmp_path, case.items.nbytes)
+    line = costs.line_seconds
+    costs = replace(costs, line_seconds=float(np.nanmin((line, in_c))))
     mine, times = fast(case), []
     for users in case.batches:
         started = time.perf_counter()
@@ -158,13 +188,13 @@ def test_gather_over_floor(case: Case, benchmark: Any, capsys: Any, tmp_path: Pa
     benchmark.pedantic(mine, rounds=3, iterations=1)
     eta = costs.seconds(BATCH, round(size)) / seconds
     benchmark.extra_info.update(
-        eta=eta, t_rand_ns=costs.line_seconds * 1e9, t_rand_c_ns=in_c * 1e9,
+        eta=eta, t_rand_ns=line * 1e9, t_rand_c_ns=in_c * 1e9,
         copy_gb_per_s=costs.copy_rate / 1e9,
     )  # fmt: skip
     with capsys.disabled():
         print(
             f"\neta {eta:.3f}: {seconds * 1e6:.0f} us a batch, "
-            f"t_rand {costs.line_seconds * 1e9:.1f} ns "
+            f"t_rand {line * 1e9:.1f} ns "
             f"(C loop {in_c * 1e9:.1f}), copy {costs.copy_rate / 1e9:.1f} GB/s"
         )
 
@@ -214,7 +244,9 @@ def padded_from_lists(sequences: list[list[int]], users: np.ndarray) -> torch.Te
     return torch.LongTensor(out)
 
 
-def test_gather_over_rectools_style(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+def test_gather_over_rectools_style(
+    case: Case, paired: Callable[..., Any], benchmark: Any, capsys: Any
+) -> None:
     benchmark.group = "gather"
     theirs = case.batches[FAR : FAR + 20]
     sequences = {
@@ -225,7 +257,9 @@ def test_gather_over_rectools_style(case: Case, paired: Callable[..., Any], benc
     mine, turn = fast(case), itertools.cycle(theirs)
     rows = padded_from_lists(sequences, theirs[0])
     assert (rows[rows > 0].numpy() == mine.batch(theirs[0])).all()
-    paired(stream(mine), stream(lambda: padded_from_lists(sequences, next(turn))), rounds=15)
+    compared(
+        mine, lambda: padded_from_lists(sequences, next(turn)), paired, benchmark, capsys, rounds=15
+    )
 
 
 def padded_by_mask(items: torch.Tensor, offsets: torch.Tensor, users: torch.Tensor) -> Any:
@@ -238,7 +272,9 @@ def padded_by_mask(items: torch.Tensor, offsets: torch.Tensor, users: torch.Tens
     return torch.where(mask, torch.take(items, places.clamp_(min=0)), 0), mask
 
 
-def test_gather_over_replay_style(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+def test_gather_over_replay_style(
+    case: Case, paired: Callable[..., Any], benchmark: Any, capsys: Any
+) -> None:
     benchmark.group = "gather"
     mine, turn = fast(case), itertools.cycle(torch.from_numpy(case.batches[FAR:]))
     users = next(turn)
@@ -248,7 +284,14 @@ def test_gather_over_replay_style(case: Case, paired: Callable[..., Any], benchm
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        paired(stream(mine), stream(lambda: padded_by_mask(items, offsets, next(turn))), rounds=30)
+        compared(
+            mine,
+            lambda: padded_by_mask(items, offsets, next(turn)),
+            paired,
+            benchmark,
+            capsys,
+            rounds=30,
+        )
     finally:
         torch.set_num_threads(threads)
 

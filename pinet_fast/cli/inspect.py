@@ -120,7 +120,7 @@ def _print_strata(strata: Strata, shown: Output) -> None:
     for column in ("training events", "users", "share", "events", "share", "tied at the border"):
         table.add_column(column, justify="right")
     for row in strata_summary(strata):
-        tied = row["tied_below_border"]
+        tied = row["border_ties"]
         table.add_row(
             row["name"], f"{row['min_activeness']:,}-{row['max_activeness']:,}",
             f"{row['users']:,}", f"{row['user_share']:.1%}", f"{row['events']:,}",

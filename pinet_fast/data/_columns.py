@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _MAX_EXACT_FLOAT = 2.0**53
 _MAX_INT64 = np.iinfo(np.int64).max
+_MAX_UINT64 = np.iinfo(np.uint64).max
 _USE_ROWS = "or take the order of the rows with --order rows"
 
 
@@ -90,11 +91,12 @@ def numpy_of(array: pa.Array) -> npt.NDArray[Any]:
 def _ids(where: str, kind: pa.DataType) -> tuple[list[_Check], pa.DataType]:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     nulls = _Check(_is_null, "a value in every row", "drop or fill these rows")
-    if _is_text(kind):
+    if is_text(kind):
         return [nulls], pa.large_string()
     if pa.types.is_null(kind):
         return [nulls], pa.int64()
-    negative = _Check(_below(0), "ids >= 0", "number them from 0 or 1")
+    # -1 is what many logs write for none, and what a store shows for padding.
+    none = _Check(_is_minus_one, "ids other than -1", "drop the rows if it stands for none")
     if pa.types.is_floating(kind):
         fix = "drop or fill these rows"
         exact = "floats that are exact (up to 2**53)"
@@ -103,15 +105,17 @@ def _ids(where: str, kind: pa.DataType) -> tuple[list[_Check], pa.DataType]:
             _Check(_is_infinite, "integer ids", fix),
             _Check(_is_fraction, "integer ids", "number them first, or store them as strings"),
             _Check(_is_inexact, exact, "store ids as int64"),
-            negative,
+            none,
         ], pa.int64()
     if not pa.types.is_integer(kind):
         raise DataError(
             f"{where}: expected integer or string ids, got type {kind}; "
             "cast the column to int64 or string"
         )
-    large = _Check(_above(_MAX_INT64), "ids below 2**63", "number them from 1, or store strings")
-    return [nulls, negative] + [large] * (kind == pa.uint64()), pa.int64()
+    if kind == pa.uint64():  # what hash functions give; the last value is its -1
+        last = _Check(_above(_MAX_UINT64 - 1), "ids below 2**64 - 1", none.fix)
+        return [nulls, last], pa.uint64()
+    return [nulls, none], pa.int64()
 
 
 def _times(where: str, kind: pa.DataType) -> tuple[list[_Check], pa.DataType]:
@@ -139,7 +143,8 @@ def _converted(array: pa.Array, kind: pa.DataType) -> pa.Array:
     return array if array.type == kind else array.cast(kind)
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a type holds strings; Polars makes views of them."""
     views = getattr(pa.types, "is_string_view", lambda _: False)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or views(kind))
 
@@ -172,8 +177,8 @@ def _is_inexact(array: pa.Array) -> npt.NDArray[np.bool_]:
     return np.asarray(np.abs(_values(array)) > _MAX_EXACT_FLOAT)
 
 
-def _below(limit: int) -> Callable[[pa.Array], npt.NDArray[np.bool_]]:
-    return lambda array: np.asarray(_values(array) < limit)
+def _is_minus_one(array: pa.Array) -> npt.NDArray[np.bool_]:
+    return np.asarray(_values(array) == -1)
 
 
 def _above(limit: int) -> Callable[[pa.Array], npt.NDArray[np.bool_]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
     from pinet_fast.data.logs import LogReader
 
+T = TypeVar("T")
+
+_TELL_SECONDS = 0.2
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 _MIN_MEMORY = 50 * 10**6
@@ -71,8 +75,9 @@ class EventTable:
             settings["threads"] = min(os.cpu_count() or 1, most)
         with self._explained():
             self._base = duckdb.connect(str(folder / "events.duckdb"), config=settings)
-            # It would go to stdout, also where that is no terminal.
-            self._base.execute("SET enable_progress_bar = false").fetchall()
+            # Without it nothing is counted; printed, it would go to stdout.
+            self._base.execute("SET enable_progress_bar = true").fetchall()
+            self._base.execute("SET enable_progress_bar_print = false").fetchall()
 
     def close(self) -> None:
         """Close the database; its files may be deleted then."""
@@ -172,14 +177,38 @@ class EventTable:
         """Yield (id) of every item by code."""
         return self._stream("SELECT item AS id FROM item_codes ORDER BY code")
 
-    def sorted_events(self, has_times: bool) -> Iterator[pa.RecordBatch]:
-        """Yield (item code, time if there are times), sorted by user, time and row."""
+    def sorted_events(
+        self, has_times: bool, on_progress: Callable[[float], None]
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield (item code, time if there are times), sorted by user, time and row.
+
+        Args:
+            has_times: Whether there are times.
+            on_progress: Called until the first batch comes, with the share of the query that is
+                done by then; it need not reach 1.
+        """
         what, by = (', "time"', ', "time"') if has_times else ("", "")
-        return self._stream(
+        batches = self._stream(
             f"SELECT item_codes.code::INTEGER AS item{what} FROM events "
             'JOIN user_codes USING ("user") JOIN item_codes USING (item) '
             f'ORDER BY user_codes.code{by}, "row"'
         )
+        first = self._waited(lambda: next(batches, None), on_progress)
+        if first is not None:
+            yield first
+            yield from batches
+
+    def _waited(self, work: Callable[[], T], on_progress: Callable[[float], None]) -> T:
+        """Do work in a thread; meanwhile tell how far it is, and stop it if that raises."""
+        with ThreadPoolExecutor(1, "pinet-sort") as pool:
+            future = pool.submit(work)
+            try:
+                while not wait([future], timeout=_TELL_SECONDS).done:
+                    on_progress(min(max(self._base.query_progress() / 100, 0.0), 1.0))
+            except BaseException:
+                self._base.interrupt()
+                raise
+            return future.result()
 
     def _run(self, query: str) -> tuple[Any, ...]:
         with self._explained():

@@ -62,15 +62,23 @@ class IdSpool:
     Args:
         folder: Where to make them.
         name: Begin of their names.
-        kind: ``int64`` or ``large_string``.
+        kind: ``int64``, ``uint64`` or ``large_string``.
     """
 
     def __init__(self, folder: Path, name: str, kind: pa.DataType) -> None:
         self.is_text = pa.types.is_large_string(kind)
-        self.spools = [Spool(folder / f"{name}.0", np.int64)]
+        numbers = np.int64 if self.is_text else kind.to_pandas_dtype()
+        self.spools = [Spool(folder / f"{name}.0", numbers)]
         if self.is_text:
             self.spools.append(Spool(folder / f"{name}.1", np.uint8))
             self.spools[0].append(np.zeros(1, np.int64))
+
+    @property
+    def padding(self) -> pa.Array:
+        """Return what stands for padding among such ids, [1]: "", or -1 in their type."""
+        if self.is_text:
+            return pa.array([""])
+        return pa.array(np.array([-1]).astype(self.spools[0].dtype))
 
     def append(self, ids: pa.Array) -> None:
         """Write ids after those that are there."""

@@ -25,7 +25,7 @@ METADATA_KEY = b"pinet_fast.store"
 # One record batch. The ids of the items are the dictionary of the item column: Arrow's own place
 # for them, so that they are mapped like the values, cannot be parted from them, have no size limit
 # (schema metadata is copied at every open, twice), and any Arrow reader shows the original ids.
-_ID_TYPES = (pa.int64(), pa.large_string())
+_ID_TYPES = (pa.int64(), pa.uint64(), pa.large_string())
 _ITEMS_TYPES = tuple(pa.large_list(pa.dictionary(pa.int32(), kind)) for kind in _ID_TYPES)
 # The codes are plain integers here: a second dictionary would be a second copy of the ids.
 _HISTORY_TYPE = pa.large_list(pa.struct([("item", pa.int32()), ("first", pa.int32())]))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from pinet_fast.data._sorting import EventTable
 
+_SORTING = 0.5  # share of the filling at which the first sorted events come, at most
 _SORTED = 0.8  # share of the filling after which the histories come
 
 
@@ -51,18 +52,30 @@ class StoreSpools:
             ends = end + np.cumsum(batch.column("n").to_numpy())
             self.offsets.append(ends)
             end = int(ends[-1]) if len(ends) else end
-        self.item_ids.append(pa.array([""]) if self.item_ids.is_text else pa.array([-1]))
+        self.item_ids.append(self.item_ids.padding)
         for batch in table.items():
             self.item_ids.append(batch.column("id"))
-        report(0.0, f"sorting {events:,} events")
-        for batch in table.sorted_events(has_times=self.times is not None):
+        self._fill_events(table, events, report)
+        self._fill_histories(report)
+
+    def _fill_events(
+        self, table: EventTable, events: int, report: Callable[[float, str], None]
+    ) -> None:
+        done = 0.0
+
+        def sorting(share: float) -> None:
+            nonlocal done
+            done = max(done, min(_SORTING, _SORTED * share))
+            report(done, f"sorting {events:,} events")
+
+        sorting(0.0)
+        for batch in table.sorted_events(self.times is not None, sorting):
             self.items.append(batch.column("item").to_numpy())
             if self.times is not None:
                 self.times.append(batch.column("time").to_numpy())
             share = self.items.size / events
             text = f"sorted {self.items.size:,} of {events:,} events"
-            report(_SORTED * share, text)
-        self._fill_histories(report)
+            report(done + (_SORTED - done) * share, text)
 
     def _fill_histories(self, report: Callable[[float, str], None]) -> None:
         items, offsets = self.items.mapped, self.offsets.mapped

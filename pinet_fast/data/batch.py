@@ -78,7 +78,8 @@ class RaggedBatch:
 
     def pin_memory(self) -> RaggedBatch:
         """Return the batch in page-locked memory, for ``to(device, non_blocking=True)``."""
-        return self._mapped(lambda tensor: tensor.pin_memory())
+        pinned: RaggedBatch = pytree.tree_map(lambda tensor: tensor.pin_memory(), self)
+        return pinned
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Tell the allocator that a stream uses the batch, as ``Tensor.record_stream`` does."""

@@ -1,4 +1,8 @@
-"""Original ids of users and items: integers as NumPy arrays, strings as mapped Arrow buffers."""
+"""Original ids of users and items: integers as NumPy arrays, strings as mapped Arrow buffers.
+
+Integers are int64, or uint64 where the log has them so. Index 0 of item ids is padding: -1, for
+uint64 2**64 - 1, or "".
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ class StringIds:
     """Ids that are strings; read like an array, kept in Arrow's buffers without a copy.
 
     NumPy has no view of Arrow strings, so this class stands where a store of integer ids has an
-    int64 array. ``ids[3]`` is a ``str``; ``ids[1:3]`` and ``ids[array]`` are new arrays of str.
+    array. ``ids[3]`` is a ``str``; ``ids[1:3]`` and ``ids[array]`` are new arrays of str.
 
     Args:
         array: The ids, Arrow ``large_string`` without nulls.
@@ -70,8 +74,8 @@ class StringIds:
         return [ends, np.frombuffer(data, np.uint8, int(ends[-1] - ends[0]), int(ends[0]))]
 
 
-Ids = npt.NDArray[np.int64] | StringIds
-"""Ids by row or code: an int64 array, or strings."""
+Ids = npt.NDArray[np.int64] | npt.NDArray[np.uint64] | StringIds
+"""Ids by row or code: an array of integers, or strings."""
 
 
 def position_of(ids: Ids, original: object, first: int = 0) -> int | None:
@@ -95,9 +99,11 @@ def position_of(ids: Ids, original: object, first: int = 0) -> int | None:
     else:
         if isinstance(original, bool) or not isinstance(original, (int, np.integer)):
             return None
-        value = int(original)
-        if not 0 <= value < 2**63:
+        limits = np.iinfo(ids.dtype)
+        if not limits.min <= int(original) <= limits.max:
             return None
+        # In their own type: together with another one both would become floats.
+        value = ids.dtype.type(original)
         low = first + int(np.searchsorted(ids[first:], value))
     return low if low < len(ids) and ids[low] == original else None
 
@@ -108,4 +114,4 @@ def ascend(ids: Ids) -> bool:
         if len(ids) <= 1:
             return True
         return bool(pc.all(pc.less(ids.array[:-1], ids.array[1:])).as_py())
-    return bool((np.diff(ids) > 0).all())
+    return bool((ids[1:] > ids[:-1]).all())

@@ -12,8 +12,9 @@ from pinet_fast.data._assemble import check_max_len, check_strata
 from pinet_fast.data._making import Made, Maker
 from pinet_fast.data._pipeline import Pipeline
 from pinet_fast.data._windows import BatchBuilder
+from pinet_fast.data.augment import Augmentation
 from pinet_fast.data.loader_stats import Counts, LoaderStats
-from pinet_fast.errors import ConfigError
+from pinet_fast.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from pinet_fast.data._blocks import Slot
     from pinet_fast.data._windows import CropName, Targets
-    from pinet_fast.data.augment import Augmentation
     from pinet_fast.data.batch import RaggedBatch
     from pinet_fast.data.negatives import Negatives
     from pinet_fast.data.sampler import StratifiedBatchSampler
@@ -128,6 +128,11 @@ class RaggedLoader:
             stratum_weights=sampler.stratum_weights,
             seed=seed,
         )
+        chain = (augment,) if isinstance(augment, Augmentation) else tuple(augment)
+        self._options = {
+            "seed": seed, "max_len": max_len, "targets": targets, "crop": crop,
+            "augment": repr(chain), "negatives": repr(negatives),
+        }  # fmt: skip
         self._maker = Maker(builder, self.device, is_leased=lifetime == "lease")
         self._pipeline: Pipeline[Made] | None = None
         self._epoch = 0  # of the pipeline
@@ -242,8 +247,8 @@ class RaggedLoader:
         self.sampler.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the batches delivered so far."""
-        return self.sampler.state_dict()
+        """Return the position after the batches delivered so far, and what else decides them."""
+        return {**self.sampler.state_dict(), "loader": self._options}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position that ``state_dict`` returned.
@@ -254,6 +259,12 @@ class RaggedLoader:
         Raises:
             CheckpointError: It is incomplete, or belongs to other data or options.
         """
+        for name, was in state.get("loader", {}).items():
+            if was != self._options.get(name):
+                raise CheckpointError(
+                    f"loader state: it belongs to {name} {was!r}, the loader has "
+                    f"{self._options.get(name)!r}; resume with the options of that run"
+                )
         self.sampler.load_state_dict(state)
 
     def close(self) -> None:

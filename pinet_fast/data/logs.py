@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pinet_fast.data._columns import Column, numpy_of
+from pinet_fast.data._columns import Column, is_text, numpy_of
 from pinet_fast.data.sources import Retype, Source, checked_log_path, source_of
 from pinet_fast.errors import ConfigError, DataError
 
@@ -36,7 +36,7 @@ class EventLog:
 
     Attributes:
         path: The file or folder; None for a table in memory.
-        users: Original user ids, int64 [E], or an object array of str.
+        users: Original user ids, int64 or uint64 [E], or an object array of str.
         items: Original item ids, likewise.
         timestamps: int64 or float64 [E], in the unit of the file, or None where the order of the
             rows is the sequence.
@@ -70,7 +70,8 @@ def read_log(
             ``.feather`` file, a folder of Parquet files, an Arrow table or reader, or anything
             with ``__arrow_c_stream__`` (pandas, Polars, DuckDB). One event a row; or one sequence
             a row, where the item column holds lists.
-        user: Column of the user ids: integers >= 0, floats that are whole, or strings.
+        user: Column of the user ids: 64-bit integers, floats that are whole, or strings. -1 (of
+            uint64, the last number) is refused: it means none in many logs, and padding in a store.
         item: Column of the item ids, likewise.
         timestamp: Column of the times: integers, floats, or Arrow timestamps or dates.
         order: ``"timestamp"`` demands the timestamp column, ``"rows"`` ignores it, and
@@ -147,8 +148,8 @@ class LogReader:
     def batches(self) -> Iterator[tuple[pa.RecordBatch, float]]:
         """Yield batches of columns user, item and maybe time, with the share read by then.
 
-        Ids come as int64 or large_string, times as int64 or float64. A bad value ends the batches;
-        the rest of the log is still read, to say how many there are.
+        Ids come as int64, uint64 or large_string, times as int64 or float64. A bad value ends the
+        batches; the rest of the log is still read, to say how many there are.
 
         Raises:
             Retype: The columns of a text file are of other types: drop what came, call again.
@@ -194,7 +195,10 @@ def _exploded(arrays: dict[str, pa.Array], label: str, base: int) -> dict[str, p
             )
     lengths = pc.list_value_length(items)
     rows = pa.array(np.repeat(np.arange(len(items)), lengths.to_numpy(zero_copy_only=False)))
-    events = {"user": arrays["user"].take(rows), "item": items.flatten()}
+    users = arrays["user"]
+    if is_text(users.type):  # Arrow cannot take from views of strings
+        users = users.cast(pa.large_string())
+    events = {"user": users.take(rows), "item": items.flatten()}
     if "time" in arrays:
         times = arrays["time"]
         if not _is_list(times.type) or not pc.list_value_length(times).equals(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pinet_fast.data import _planning
 from pinet_fast.data._order import order, order_within
@@ -65,7 +66,8 @@ class StratifiedBatchSampler:
         max_len: Events of a user that count for ``max_events`` at most; that of the loader.
         steps_per_epoch: Batches of an epoch of a mix that is not proportional; by default, as many
             as hold N users.
-        rank: This process, 0..world_size - 1.
+        rank: This process, 0..world_size - 1. Without rank and world_size, those of
+            ``torch.distributed`` where it is initialised (torchrun), else one process.
         world_size: Processes that share a batch.
 
     Attributes:
@@ -93,8 +95,8 @@ class StratifiedBatchSampler:
         drop_last: bool = False,
         max_len: int | None = None,
         steps_per_epoch: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
         if (batch_size is None) == (max_events is None):
             raise ConfigError(
@@ -112,13 +114,14 @@ class StratifiedBatchSampler:
             ("rank", rank, 0),
         ):
             _check_integer(name, value, least)
+        rank, world_size = _ranks(rank, world_size)
         if rank >= world_size:
             raise ConfigError(f"rank: expected less than world_size {world_size}, got {rank}")
         self.strata = strata
         self.min_activeness = int(min_activeness)
         self.drop_last = bool(drop_last)
         self.seed = int(seed)
-        self.rank, self.world_size = int(rank), int(world_size)
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
         self._step = 0
         self._members = _members(strata, self.min_activeness)
@@ -262,6 +265,13 @@ class StratifiedBatchSampler:
                 f"got {', '.join(map(str, position))}; the checkpoint is damaged"
             )
         self.seed, self.epoch, self._step = numbers
+
+
+def _ranks(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    group = torch.distributed
+    if rank is None and world_size is None and group.is_available() and group.is_initialized():
+        return group.get_rank(), group.get_world_size()
+    return int(rank or 0), 1 if world_size is None else int(world_size)
 
 
 def _members(strata: Strata, min_activeness: int) -> list[IntArray]:

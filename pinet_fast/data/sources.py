@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,8 @@ class ParquetSource(Source):
     """A Parquet file, or a folder of them with the same columns."""
 
     def __init__(self, path: Path) -> None:
-        self.label, self.name, self.path = f"log {path}", path.name, path
+        # A folder may be ".", which has no name of its own.
+        self.label, self.name, self.path = f"log {path}", Path(os.path.abspath(path)).name, path
         self._parts = parts_of(path)
         self._sizes = []
         for part in self._parts:

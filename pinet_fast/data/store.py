@@ -39,8 +39,10 @@ class SequenceStore:
         offsets: int64 [U + 1]; user ``u`` owns events ``offsets[u]`` to ``offsets[u + 1]``.
         items: Item codes 1..V, int32 [E], in ascending order of the original ids; 0 is padding.
         timestamps: int64 or float64 [E], or None where the order of the rows was the sequence.
-        user_ids: Original user ids, ascending, [U]: an int64 array, or ``StringIds``.
-        item_ids: Original item ids by code, ascending, [V + 1]; index 0 is padding (-1 or "").
+        user_ids: Original user ids, ascending, [U]: an int64 array (uint64 where the log has such
+            ids), or ``StringIds``.
+        item_ids: Original item ids by code, ascending, [V + 1], likewise; index 0 is padding (-1,
+            for uint64 2**64 - 1, or "").
         histories: The distinct items of every user, sorted, and where each comes first; those of
             all events, of which any split takes its part.
         min_user_events: Users with fewer events were dropped.

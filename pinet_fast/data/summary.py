@@ -56,24 +56,11 @@ def summary_of(store: SequenceStore) -> dict[str, Any]:
 
 
 def strata_summary(strata: Strata) -> list[dict[str, Any]]:
-    """Return a row a stratum, and the users that stand on its upper border.
-
-    Args:
-        strata: The strata.
-
-    Returns:
-        As ``Strata.describe``, with the range of activeness and ``tied_below_border``: the users
-        with the most events that the stratum allows, one less than the next one begins at. They
-        tie, so all of them stay. None for the last stratum.
-    """
+    """Return a row a stratum: that of ``Strata.describe``, with its range of activeness."""
     rows = strata.describe()
     for s, row in enumerate(rows):
         activeness = strata.activeness[strata.ids == s]
-        border = strata.edges[s] - 1 if s < len(strata.edges) else None
         row["min_activeness"], row["max_activeness"] = int(activeness.min()), int(activeness.max())
-        row["tied_below_border"] = (
-            None if border is None else int(np.count_nonzero(activeness == border))
-        )
     return rows
 
 

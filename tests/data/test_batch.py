@@ -48,6 +48,26 @@ def test_record_stream_skips_host_memory(batch):
     batch.record_stream(None)
 
 
+def test_streams_and_page_locks_reach_every_tensor(batch, monkeypatch):
+    """Those of the strata too; one that is missed would be copied in the way of everything."""
+    streams, locked = [], []
+
+    def lock(tensor):
+        locked.append(tensor.clone())
+        return locked[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: streams.append(stream))
+    pinned = batch.pin_memory()
+    leaves = pytree.tree_leaves(pinned)
+    assert len(leaves) == len(pytree.tree_leaves(batch)) >= 9
+    assert all(any(leaf is tensor for tensor in locked) for leaf in leaves)
+    assert pinned.max_len == batch.max_len
+    assert pinned.strata.events.offsets == batch.strata.events.offsets
+    batch.to("meta").record_stream("stream")
+    assert streams == ["stream"] * len(leaves)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding(batch, side):
     padded, mask = batch.to_padded(side, value=-1), batch.padded_mask(side)

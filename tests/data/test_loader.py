@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pinet_fast.data import (
+    Drop,
     Negatives,
     RaggedLoader,
     Split,
@@ -143,6 +146,26 @@ def test_resume_after_any_batch_is_bit_identical(store_with_lengths, stop):
         seen += list(resumed)
     assert len(seen) == len(stream)
     assert all(same(a, b) for a, b in zip(seen, stream, strict=True))
+
+
+def test_a_state_goes_with_the_options_that_decide_the_batches(store_with_lengths):
+    store = store_with_lengths([4, 5, 6, 7, 8, 9])
+    loader = make(store, negatives=Negatives(2), threads=1)
+    next(iter(loader))
+    state = json.loads(json.dumps(loader.state_dict()))
+    for options in (
+        {"max_len": 6}, {"seed": 1}, {"targets": "last"}, {"crop": "prefix"},
+        {"augment": Drop(0.5)}, {"negatives": Negatives(3)}, {"negatives": None},
+    ):  # fmt: skip
+        other = make(store, **{"negatives": Negatives(2)} | options)
+        with pytest.raises(CheckpointError, match=rf"loader state: .*{next(iter(options))} "):
+            other.load_state_dict(state)
+        assert other.state_dict()["step"] == 0
+    same_options = make(store, negatives=Negatives(2), threads=0, lifetime="lease", augment=[])
+    same_options.load_state_dict(state)
+    assert same_options.state_dict() == state
+    # A state of the sampler alone says nothing of the loader, and is taken.
+    make(store).load_state_dict(loader.sampler.state_dict())
 
 
 def test_negatives_change_every_epoch_but_not_with_max_len(store_with_lengths):

@@ -58,6 +58,16 @@ def test_whole_numbers_of_any_type_are_ids(write_log, column):
     assert read_log(write_log({**GOOD, "user": column})).users.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_hashes_are_ids(write_log, suffix):
+    """Signed or unsigned, over the whole range of 64 bits."""
+    users, items = [-(2**63), -2, 2**63 - 1], [2**64 - 2, 2**63, 5]
+    columns = {"user": pa.array(users), "item": pa.array(items, pa.uint64())}
+    log = read_log(write_log(columns, suffix))
+    assert log.users.tolist() == users
+    assert log.items.tolist() == items
+
+
 @pytest.mark.parametrize(
     ("column", "dtype"),
     [
@@ -121,14 +131,19 @@ BAD_COLUMNS = [
     ("fraction", {**GOOD, "user": pa.array([1.0, 2.5, 3.5])}, {}, ["2.5 in row 2", "2 such rows"]),
     ("inexact", {**GOOD, "user": pa.array([1.0, 1e17, 3.0])}, {}, ["2**53", "int64"]),
     ("boolean", {**GOOD, "user": [True, False, True]}, {}, ["type bool", "cast the column"]),
-    ("negative", {**GOOD, "item": ints([1, -4, 2])}, {}, ["ids >= 0", "-4 in row 2"]),
+    ("none", {**GOOD, "item": ints([1, -1, 2])}, {}, ["other than -1", "-1 in row 2", "drop"]),
     (
-        "negative float",
-        {**GOOD, "item": pa.array([1.0, -4.0, 2.0])},
+        "none as float",
+        {**GOOD, "item": pa.array([1.0, -1.0, 2.0])},
         {},
-        ["ids >= 0", "-4.0 in row 2"],
+        ["other than -1", "-1.0 in row 2"],
     ),
-    ("huge", {**GOOD, "item": pa.array([1, 2, 2**63], pa.uint64())}, {}, ["below 2**63", "row 3"]),
+    (
+        "none as unsigned",
+        {**GOOD, "item": pa.array([1, 2, 2**64 - 1], pa.uint64())},
+        {},
+        ["below 2**64 - 1", "row 3"],
+    ),
     ("nan time", {**GOOD, "timestamp": [1.0, np.nan, 2.0]}, {}, ["finite times", "--order rows"]),
     ("inf time", {**GOOD, "timestamp": [1.0, -np.inf, 2.0]}, {}, ["finite times", "-inf in row 2"]),
     ("huge time", {**GOOD, "timestamp": pa.array([1, 2, 2**63], pa.uint64())}, {}, ["below 2**63"]),
@@ -172,7 +187,7 @@ BAD_CSV = [
     ("tabs", "user\titem\n1\t2\n", ["separate the columns by commas"]),
     ("empty value", "user,item\n1,2\n,3\n", ["1 nulls", "row 2"]),
     ("fraction", "user,item\n1.5,2\n", ["1.5 in row 1"]),
-    ("negative", "user,item\n1,-2\n", ["-2 in row 1"]),
+    ("none", "user,item\n1,-1\n", ["-1 in row 1"]),
 ]
 
 

@@ -323,3 +323,17 @@ def test_ranks_of_a_loader_together_stay_within_the_limit(store_with_lengths, mi
     totals = [sum(len(batch.values) for batch in batches) for batches in zip(*loaders, strict=True)]
     assert max(totals) <= 400
     assert np.mean(totals) > 300
+
+
+def test_ranks_are_those_of_the_process_group(monkeypatch):
+    strata = strata_of([30, 20])
+    alone = StratifiedBatchSampler(strata, batch_size=25)
+    assert (alone.rank, alone.world_size) == (0, 1)
+    found = {"is_initialized": True, "get_rank": 3, "get_world_size": 8}
+    for name, value in found.items():
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    own = StratifiedBatchSampler(strata, batch_size=25)
+    given = StratifiedBatchSampler(strata, batch_size=25, rank=3, world_size=8)
+    assert [users.tolist() for users in own] == [users.tolist() for users in given]
+    whole = StratifiedBatchSampler(strata, batch_size=25, rank=0, world_size=1)
+    assert [users.tolist() for users in whole] == [users.tolist() for users in alone]

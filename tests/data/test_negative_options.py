@@ -223,3 +223,41 @@ def test_impossible_negatives_are_refused(store, store_of):
     with pytest.raises(DataError, match="no negative is left"):
         bound.draw(0, np.array([0]), np.array([1]), np.array([0, 1]), starts=np.array([0]),
                    ends=np.array([2]))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def greedy_store(store_of):
+    """User 0 trains on all but five of 3,000 items, user 1 on all but one, user 2 on three."""
+    free, last = [3, 700, 701, 2999, 3000], [1500]
+    histories = [[i for i in range(1, 3001) if i not in left] for left in (free, last)]
+    rows = [[*history, left[0], left[0]] for history, left in zip(histories, (free, last),
+                                                                 strict=True)]  # fmt: skip
+    rows += [[1, 2, 3, 4, 5], [*free, *[3000] * 40]]
+    return store_of(np.repeat(np.arange(4), [len(row) for row in rows]), np.concatenate(rows))
+
+
+@pytest.mark.parametrize("dist", ["uniform", "popularity"])
+@pytest.mark.parametrize("per", ["event", "user"])
+def test_users_with_almost_the_whole_catalogue_get_what_is_left(greedy_store, dist, per):
+    """Rejection alone would try 600 times a draw, and 3,000 times; the bound is 16."""
+    store, num = greedy_store, 4000
+    bound = Negatives(num, dist=dist, per=per).bind(store, SPLIT)
+    users, offsets = np.array([0, 1]), np.array([0, 1, 2])
+    log_q = np.empty((2, num), np.float32)
+    drawn = bound.draw(0, users, np.ones(2, np.int64), offsets, log_q=log_q)
+    left = [store.item_code(item) for item in (3, 700, 701, 2999, 3000)]
+    counts = np.bincount(drawn[0], minlength=store.num_items + 1)
+    assert counts[left].sum() == num
+    weights = np.ones(5)
+    if dist == "popularity":
+        ends = SPLIT.train_ends(store)
+        train = np.concatenate([store.items[store.offsets[u] : ends[u]] for u in range(4)])
+        weights = np.bincount(train, minlength=store.num_items + 1)[left].astype(float)
+        assert weights.max() > 10 * weights.min()
+    probabilities = weights / weights.sum()
+    # 99.99% of the chi-square distribution with 4 degrees of freedom lie below 24.
+    assert chi_square(counts[left], probabilities) < 24
+    chances = dict(zip(left, probabilities, strict=True))
+    assert np.allclose(np.exp(log_q[0]), [chances[item] for item in drawn[0]], rtol=1e-3)
+    assert set(drawn[1].tolist()) == {store.item_code(1500)}
+    assert np.allclose(log_q[1], 0, atol=1e-3)

@@ -1,10 +1,8 @@
-"""Every kind of log gives the same store, also far beyond the memory limit."""
+"""Every kind of log gives the same store."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
-from pinet_fast.data import SequenceStore, StringIds, prepare, read_log
+from pinet_fast.data import SequenceStore, prepare, read_log
 from pinet_fast.data.store import checked_arrays
 from pinet_fast.errors import ConfigError, DataError
 
@@ -111,40 +109,17 @@ def test_tables_of_any_maker_and_cut_give_the_same_store(tmp_path):
         prepare([1, 2], store_dir=tmp_path)
 
 
-def test_string_ids_come_back(tmp_path):
-    store = SequenceStore.open(prepare(WORDS, store_dir=tmp_path).path)
-    users, items = WORDS["user"].to_pylist(), WORDS["item"].to_pylist()
-    assert isinstance(store.user_ids, StringIds)
-    assert store.user_ids.tolist() == sorted(set(users))
-    assert store.item_ids.tolist() == ["", *sorted(set(items))]
-    for code in (1, 2, store.num_items):
-        assert store.item_code(store.item_ids[code]) == code
-    assert store.user_row(store.user_ids[3]) == 3
-    assert store.item_ids[np.array([[1, 2], [3, -1]])].shape == (2, 2)
-    assert store.item_ids[1:3].tolist() == sorted(set(items))[:2]
-    assert store.user_ids[np.arange(store.num_users) < 2].tolist() == sorted(set(users))[:2]
-    assert next(iter(store.user_ids)) == np.asarray(store.user_ids)[0]
-    for wrong in ("none", 7, None):
-        with pytest.raises(DataError, match=r"no item .*ids are strings.*check the id"):
-            store.item_code(wrong)
-
-
-def test_integer_ids_come_back(store_of):
-    store = store_of([3, 3, 1], [7, 2**40, 7])
-    assert [store.item_code(7), store.item_code(2**40), store.user_row(np.int64(3))] == [1, 2, 1]
-    for wrong in (8, -1, 2**64, "7", True, 7.0):
-        with pytest.raises(DataError, match="ids are integers"):
-            store.item_code(wrong)
-
-
-def test_opening_strings_allocates_nothing(tmp_path):
-    path = prepare(WORDS, store_dir=tmp_path).path
-    before = pa.total_allocated_bytes()
-    store = SequenceStore.open(path, verify=False)
-    assert pa.total_allocated_bytes() == before
-    for array in checked_arrays(store).values():
-        assert not array.flags.owndata
-        assert not array.flags.writeable
+@pytest.mark.parametrize("maker", ["pandas", "polars"])
+def test_frames_give_the_same_store(tmp_path, maker):
+    frames = pytest.importorskip(maker)
+    for table in (NUMBERS, WORDS):
+        frame = frames.DataFrame(table.to_pydict())
+        store = prepare(frame, store_dir=tmp_path / "frames")
+        assert_same(store, prepare(table, store_dir=tmp_path / "tables"))
+    lists = {"user": ["b", "a"], "items": [[5, 6, 5], [7]]}
+    store = SequenceStore.from_arrow(frames.DataFrame(lists), store_dir=tmp_path)
+    assert store.user_ids.tolist() == ["a", "b"]
+    assert store.item_ids[store.items].tolist() == [7, 5, 6, 5]
 
 
 def plain_core(events, min_user, min_item):
@@ -281,59 +256,10 @@ def test_files_of_a_folder_must_agree(tmp_path):
         prepare(folder, store_dir=tmp_path / "stores")
 
 
-def test_progress_rises_to_one(tmp_path):
-    seen = []
-    prepare(NUMBERS, store_dir=tmp_path, on_progress=lambda share, text: seen.append((share, text)))
-    shares = [share for share, _ in seen]
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-    assert any("reading 900 events" in text for _, text in seen)
-
-
-LARGE = """
-import resource, sys
-import numpy as np, pyarrow as pa
-from pinet_fast.data import prepare
-
-ROWS, BLOCK = 8_000_000, 1 << 16
-SCHEMA = pa.schema([("user", pa.int64()), ("item", pa.int64()), ("timestamp", pa.int64())])
-
-def blocks():
-    rng = np.random.default_rng(0)
-    for start in range(0, ROWS, BLOCK):
-        n = min(BLOCK, ROWS - start)
-        yield pa.record_batch([pa.array(rng.integers(0, high, n)) for high in
-                               (400_000, 60_000, 10**9)], schema=SCHEMA)
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-small = pa.table({"user": [1], "item": [1], "timestamp": [1]})
-prepare(small, store_dir=sys.argv[1])  # imports and first uses
-before = peak()
-reader = pa.RecordBatchReader.from_batches(SCHEMA, blocks())
-store = prepare(reader, store_dir=sys.argv[1], memory_limit="100MB")
-assert store.num_events == ROWS
-print(peak() - before, store.path)
-"""
-
-
-@pytest.mark.slow
-def test_memory_stays_near_the_limit(tmp_path):
-    """256 MB of numbers and row numbers under a limit of 100 MB."""
-    done = subprocess.run(
-        [sys.executable, "-c", LARGE, tmp_path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    growth, path = done.stdout.split()
-    assert int(growth) < 200e6, f"{int(growth) / 1e6:.0f} MB over the start"
-    store = SequenceStore.open(path)
-    rng, seen = np.random.default_rng(0), []
-    for start in range(0, 8_000_000, 1 << 16):
-        n = min(1 << 16, 8_000_000 - start)
-        users, items, times = (rng.integers(0, high, n) for high in (400_000, 60_000, 10**9))
-        mine = users == 17
-        seen += zip(times[mine].tolist(), items[mine].tolist(), strict=True)
-    row = store.user_row(17)
-    codes = store.items[store.offsets[row] : store.offsets[row + 1]]
-    assert store.item_ids[codes].tolist() == [item for _, item in sorted(seen)]
+def test_folder_without_a_name_has_that_of_its_path(tmp_path, monkeypatch):
+    (tmp_path / "events").mkdir()
+    pyarrow.parquet.write_table(NUMBERS, tmp_path / "events" / "a.parquet")
+    monkeypatch.chdir(tmp_path / "events")
+    store = prepare(".", store_dir=tmp_path / "stores")
+    assert store.source == "events"
+    assert store.path.name.startswith("events-")
