@@ -10,10 +10,10 @@ DATA ?=
 OUT ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench clean
+.PHONY: help install demo test lint types bench bench-gate expectations tables scaling clean
 
 help:  ## Say what there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## Make .venv with everything pinned, and build
 	@$(BIN)/python -m pinet_fast.kernels
@@ -41,8 +41,18 @@ lint: install  ## Ruff: rules and format
 types: install  ## mypy, strict
 	$(BIN)/mypy
 
-bench: install  ## All benchmarks on this CPU
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -o addopts= --import-mode=importlib
+bench: install  ## All benchmarks on this CPU, into benchmarks/results/cpu.json and cpu.md
+	$(BIN)/python -m pytest benchmarks --paired-json benchmarks/results/cpu.json --paired-command "make bench"
+	$(BIN)/python -m benchmarks.make_tables
+
+bench-gate: install  ## Fail where a ratio is above benchmarks/expectations.json; 90 seconds
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median --paired-gate benchmarks/expectations.json
+
+expectations: install  ## Write the ratios of today into benchmarks/expectations.json
+	$(BIN)/python -m pytest benchmarks -q --paired-gate benchmarks/expectations.json --paired-gate-update --paired-gate-seconds 240
+
+tables: install  ## README's performance tables from the committed results
+	$(BIN)/python -m benchmarks.make_tables
 
 clean:  ## Remove what was built and installed here
 	rm -rf $(VENV) build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
