@@ -36,6 +36,7 @@ class Recorder:
         self.command = command
         self.started = time.time()
         self.machine = machine.describe() if path else {}
+        self.commit = machine.commit() if path else {}
         self.results: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
         self.failed: list[str] = []
@@ -73,7 +74,7 @@ class Recorder:
             "command": self.command,
             "started_at": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self.started, 1),
-            "commit": machine.commit(),
+            "commit": self.commit,
             "machine": self.machine,
             "versions": machine.versions(),
             "results": self.results,
