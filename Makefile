@@ -10,7 +10,7 @@ DATA ?=
 OUT ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench bench-gate expectations tables scaling clean
+.PHONY: help install demo test lint types bench bench-gate expectations guards tables scaling clean
 
 help:  ## Say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +50,12 @@ bench-gate: install  ## Fail where a ratio is above benchmarks/expectations.json
 
 expectations: install  ## Write the ratios of today into benchmarks/expectations.json
 	$(BIN)/python -m pytest benchmarks -q --paired-gate benchmarks/expectations.json --paired-gate-update --paired-gate-seconds 240
+
+guards: install  ## Write the counts of calls, allocations and syncs of today into benchmarks/guards.json
+	$(BIN)/python -m benchmarks.guards
+
+scaling: install  ## Cost and memory over S, B, L, d, V, rules and threads: JSON and plots, five minutes
+	$(BIN)/python -m benchmarks.scaling
 
 tables: install  ## README's performance tables from the committed results
 	$(BIN)/python -m benchmarks.make_tables
