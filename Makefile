@@ -12,10 +12,11 @@ WRITE ?=
 OLD_TRITON := build/triton-3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize gates lint types bench gpu-report clean
+.PHONY: help install demo test sanitize gates lint types bench bench-gate expectations guards tables \
+  scaling gpu-report clean
 
 help:  ## Say what there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed  ## Make .venv with everything pinned, and build
 	@$(BIN)/python -m pinet_fast.kernels
@@ -58,8 +59,24 @@ lint: install  ## Ruff: rules and format
 types: install  ## mypy, strict
 	$(BIN)/mypy
 
-bench: install  ## All benchmarks on this CPU
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only -o addopts= --import-mode=importlib
+bench: install  ## All benchmarks on this CPU, into benchmarks/results/cpu.json and cpu.md
+	$(BIN)/python -m pytest benchmarks --paired-json benchmarks/results/cpu.json --paired-command "make bench"
+	$(BIN)/python -m benchmarks.make_tables
+
+bench-gate: install  ## Fail where a ratio is above benchmarks/expectations.json; 90 seconds
+	$(BIN)/python -m pytest benchmarks -q --benchmark-columns=median --paired-gate benchmarks/expectations.json
+
+expectations: install  ## Write the ratios of today into benchmarks/expectations.json
+	$(BIN)/python -m pytest benchmarks -q --paired-gate benchmarks/expectations.json --paired-gate-update --paired-gate-seconds 240
+
+guards: install  ## Write the counts of calls, allocations and syncs of today into benchmarks/guards.json
+	$(BIN)/python -m benchmarks.guards
+
+scaling: install  ## Cost and memory over S, B, L, d, V, rules and threads: JSON and plots, five minutes
+	$(BIN)/python -m benchmarks.scaling
+
+tables: install  ## README's performance tables from the committed results
+	$(BIN)/python -m benchmarks.make_tables
 
 # No installation: a checkout, torch and Triton are enough.
 gpu-report:  ## Check and time every kernel on a GPU (OUT=FILE.json)

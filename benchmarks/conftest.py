@@ -1,117 +1,123 @@
-"""The ``paired`` fixture: ratios from interleaved pairs, which hold on noisy machines.
-
-Medians of blocks measured one after the other swing by tens of percent on shared machines; the
-median of ratios of neighbours stays within one or two.
-"""
+"""Options and the ``paired`` fixture of the benchmarks."""
 
 from __future__ import annotations
 
-import gc
-import platform
-import statistics
-import time
-from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
+
+from benchmarks.harness import machine
+from benchmarks.harness.gate import Gate, message
+from benchmarks.harness.pairing import PairedResult, measure
+from benchmarks.harness.record import Recorder, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-@dataclass(frozen=True)
-class PairedResult:
-    """Candidate's time over the reference's.
-
-    Attributes:
-        ratio: Median of the paired ratios.
-        low: Lower end of its 95% bootstrap interval.
-        high: Upper end.
-        candidate_ms: Median of the candidate, for orientation only.
-        reference_ms: Median of the reference, for orientation only.
-        best: Ratio of the lower deciles of both: what is left of the ratio where other work on the
-            machine interrupts the longer of the two far more often.
-    """
-
-    ratio: float
-    low: float
-    high: float
-    candidate_ms: float
-    reference_ms: float
-    best: float
+_GATE_SECONDS = 50.0
+_RECORDER, _GATE = "pinet_fast recorder", "pinet_fast gate"
 
 
-def _seconds(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def measure(
-    candidate: Callable[[], Any], reference: Callable[[], Any], rounds: int
-) -> PairedResult:
-    """Alternate both, each first in every other round, garbage collection off."""
-    pairs = []
-    for function in (candidate, reference) * 3:
-        function()
-    gc.collect()
-    gc.disable()
-    try:
-        for i in range(rounds):
-            if i % 2:
-                theirs, mine = _seconds(reference), _seconds(candidate)
-            else:
-                mine, theirs = _seconds(candidate), _seconds(reference)
-            pairs.append((mine, theirs))
-    finally:
-        gc.enable()
-    ratios = np.array([mine / theirs for mine, theirs in pairs])
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(ratios, (1000, rounds)), axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return PairedResult(
-        float(np.median(ratios)),
-        float(low),
-        float(high),
-        statistics.median(mine for mine, _ in pairs) * 1e3,
-        statistics.median(theirs for _, theirs in pairs) * 1e3,
-        float(np.divide(*np.quantile(np.array(pairs), 0.1, axis=0))),
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("paired ratios")
+    group.addoption(
+        "--paired-json", type=Path, metavar="FILE",
+        help="Write the ratios, who skipped, machine, versions and commit of this run.",
+    )  # fmt: skip
+    group.addoption(
+        "--paired-command", metavar="TEXT", help="The command that the file names; default: this."
     )
+    group.addoption(
+        "--paired-gate", type=Path, metavar="FILE",
+        help="Run the benchmarks named in FILE alone, and fail where a ratio is above what it says",
+    )  # fmt: skip
+    group.addoption(
+        "--paired-gate-seconds", type=float, default=_GATE_SECONDS, metavar="S",
+        help="Wall time for the gate's measurements (default: %(default)s).",
+    )  # fmt: skip
+    group.addoption(
+        "--paired-gate-update", action="store_true",
+        help="Write what the gate measures into its file instead of judging it.",
+    )  # fmt: skip
+    group.addoption(
+        "--paired-slow-down", type=float, default=0.0, metavar="SHARE",
+        help="Make every candidate of the gate slower by this share, to see that it fails.",
+    )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    def option(name: str) -> Any:
+        return config.getoption(name, None)
+
+    command = option("paired_command") or " ".join(["pytest", *config.invocation_params.args])
+    config.pluginmanager.register(Recorder(option("paired_json"), command), _RECORDER)
+    if option("paired_gate") is not None:
+        gate = Gate(
+            option("paired_gate"),
+            seconds=option("paired_gate_seconds"),
+            slow_down=option("paired_slow_down"),
+            update=option("paired_gate_update"),
+        )
+        config.pluginmanager.register(gate, _GATE)
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    """Put the device and the versions into pytest-benchmark's own JSON too."""
+    machine_info["pinet_fast"] = machine.describe() | {"versions": machine.versions()}
 
 
 @pytest.fixture
 def paired(
     benchmark: Any, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> Callable[..., PairedResult]:
-    """Return ``run(candidate, reference, rounds=40)``; the result goes into ``extra_info``."""
+    """Return ``run(candidate, reference, rounds=40)``; the result goes into ``extra_info``.
+
+    Keywords of ``run``, all optional: ``bytes``, which a call of the candidate must move;
+    ``reference_bytes``; ``floor_s``, the least that a call of the candidate can take here, which
+    gives eta; ``check``, called before anything is timed, to raise where a result is wrong.
+    """
+    gate = request.config.pluginmanager.get_plugin(_GATE)
+    name = name_of(request.node.nodeid)
+
+    def judged(candidate: Callable[[], Any], reference: Callable[[], Any]) -> PairedResult:
+        result, verdict = gate.judge(name, candidate, reference)
+        expected = gate.expectations[name]
+        with capsys.disabled():
+            print(f"\n{name}: {result}, expected {expected.ratio:.3f}: {verdict}")
+        if verdict == "slower":
+            pytest.fail(message(name, expected, result), pytrace=False)
+        return result
 
     def run(
-        candidate: Callable[[], Any], reference: Callable[[], Any], rounds: int = 40
+        candidate: Callable[[], Any],
+        reference: Callable[[], Any],
+        rounds: int = 40,
+        *,
+        bytes: int | None = None,
+        reference_bytes: int | None = None,
+        floor_s: float | None = None,
+        check: Callable[[], Any] | None = None,
     ) -> PairedResult:
+        if check is not None:
+            check()
         if benchmark.disabled:  # correctness of the benchmark only
-            rounds = 2
-        result = measure(candidate, reference, rounds)
-        benchmark.extra_info.update(
-            ratio=result.ratio,
-            low=result.low,
-            high=result.high,
-            candidate_ms=result.candidate_ms,
-            reference_ms=result.reference_ms,
-            best=result.best,
-            machine=platform.machine(),
-            torch=torch.__version__,
-            threads=torch.get_num_threads(),
-        )
-        benchmark.pedantic(candidate, rounds=3, iterations=1)
-        with capsys.disabled():
-            print(
-                f"\n{request.node.name}: {result.ratio:.3f} "
-                f"[{result.low:.3f}, {result.high:.3f}] "
-                f"({result.candidate_ms:.2f} / {result.reference_ms:.2f} ms; "
-                f"lower deciles {result.best:.3f})"
-            )
+            result = measure(candidate, reference, 2)
+        elif gate is not None:
+            result = judged(candidate, reference)
+        else:
+            result = measure(candidate, reference, rounds)
+        result = replace(
+            result, bytes=bytes, reference_bytes=reference_bytes,
+            floor_ms=None if floor_s is None else floor_s * 1e3,
+        )  # fmt: skip
+        benchmark.extra_info.update(result.facts(), threads=torch.get_num_threads())
+        benchmark.pedantic(candidate, rounds=1 if gate else 3, iterations=1)
+        if gate is None and not benchmark.disabled:
+            with capsys.disabled():
+                print(f"\n{request.node.name}: {result}")
         return result
 
     return run

@@ -1,4 +1,4 @@
-"""Per-sample gradients by Opacus, summed by stratum, beside our one pass on the same model.
+"""Per-sample gradients by Opacus and by torch.func, summed by stratum, beside our one pass.
 
 The model is a padded SASRec of layers that Opacus knows; all users of a stratum count alike.
 """
@@ -81,14 +81,45 @@ def by_opacus(strata: Tensor, num_strata: int) -> tuple[nn.Module, Callable[[], 
             sums = samples.new_zeros(num_strata, *p.shape).index_add_(0, strata, samples)
             stacked.append(sums / counts.view(-1, *[1] * p.dim()))
             p.grad_sample = None
-        flat = [g.flatten(1) for g in stacked]
-        gram = torch.stack([g @ g.T for g in flat]).sum(0).double()
-        weights = Balanced().weights(gram).float()
-        for p, g in zip(parameters, stacked, strict=True):
-            p.grad = torch.einsum("s,s...->...", weights, g)
+        follow(parameters, stacked)
         opt.step()
 
     return model, step
+
+
+def by_torch_func(strata: Tensor, num_strata: int) -> tuple[nn.Module, Callable[[], None]]:
+    """vmap(grad(...)) over users, as the per-sample gradients of torch.func are written."""
+    model = padded_sasrec()
+    parameters = dict(model.named_parameters())
+    opt = torch.optim.Adam(parameters.values())
+    counts = torch.bincount(strata, minlength=num_strata).float()
+    data = batch()
+
+    def loss(values: dict[str, Tensor], *user: Tensor) -> Tensor:
+        one = tuple(part.unsqueeze(0) for part in user)
+        return torch.func.functional_call(model, values, one)[0]
+
+    samples_of = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))
+
+    def step() -> None:
+        detached = {name: p.detach() for name, p in parameters.items()}
+        stacked = [
+            g.new_zeros(num_strata, *g.shape[1:]).index_add_(0, strata, g)
+            / counts.view(-1, *[1] * (g.dim() - 1))
+            for g in samples_of(detached, *data).values()
+        ]
+        follow(list(parameters.values()), stacked)
+        opt.step()
+
+    return model, step
+
+
+def follow(parameters: list[Tensor], stacked: list[Tensor]) -> None:
+    """Leave the combination of S gradients in every ``p.grad``."""
+    flat = [g.flatten(1) for g in stacked]
+    weights = Balanced().weights(torch.stack([g @ g.T for g in flat]).sum(0).double()).float()
+    for p, g in zip(parameters, stacked, strict=True):
+        p.grad = torch.einsum("s,s...->...", weights, g)
 
 
 def by_one_pass(strata: Tensor, num_strata: int) -> tuple[nn.Module, Callable[[], None]]:
@@ -108,7 +139,8 @@ def by_one_pass(strata: Tensor, num_strata: int) -> tuple[nn.Module, Callable[[]
     return model, step
 
 
-WAYS = {"one pass": by_one_pass, "Opacus per-sample": by_opacus}
+WAYS = {"one pass": by_one_pass, "Opacus per-sample": by_opacus,
+        "torch.func per-sample": by_torch_func}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")  # Opacus hooks warn on every layer whose input is no leaf
@@ -117,8 +149,10 @@ WAYS = {"one pass": by_one_pass, "Opacus per-sample": by_opacus}
 def test_step_of(way: str, num_strata: int, paired: Callable[..., Any], benchmark: Any) -> None:
     benchmark.group = "peers"
     strata = torch.arange(USERS) * num_strata // USERS
+    rounds = 12 if way == "one pass" else 6
     gradients = []
-    for make in WAYS.values():  # nobody is timed on a wrong gradient
+    other = by_torch_func if way == "one pass" else by_one_pass
+    for make in (other, WAYS[way]):  # nobody is timed on a wrong gradient
         model, step = make(strata, num_strata)
         step()
         gradients.append([p.grad for p in model.parameters()])
@@ -137,4 +171,4 @@ def test_step_of(way: str, num_strata: int, paired: Callable[..., Any], benchmar
         plain_model(*data).mean().backward()
         plain_opt.step()
 
-    assert paired(candidate, plain, rounds=12).ratio > 0
+    assert paired(candidate, plain, rounds=rounds).ratio > 0

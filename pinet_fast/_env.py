@@ -25,6 +25,11 @@ def nvtx_enabled() -> bool:
     return os.environ.get(NVTX, "0") not in ("", "0")
 
 
+def under_nsys() -> bool:
+    """Return whether Nsight Systems started this process."""
+    return bool(os.environ.get("NSYS_PROFILING_SESSION_ID"))
+
+
 def triton_interpreted() -> bool:
     """Return whether Triton's own ``TRITON_INTERPRET`` runs its kernels in the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")

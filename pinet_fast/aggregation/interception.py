@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from pinet_fast import profiling
 from pinet_fast.aggregation.composites import OPENED, opened
 from pinet_fast.aggregation.gradient_calls import (
     GRADIENT_CALLS,
@@ -124,6 +125,9 @@ class Interception(TorchFunctionMode):
             return run_in_replay(self, func, args, kwargs or {})
         if self.is_shared:
             return self.derive(func, args, kwargs or {})
+        if profiling.is_on:
+            with profiling.boundary(func):
+                return self._boundary_or_derived(func, args, kwargs or {})
         return self._boundary_or_derived(func, args, kwargs or {})
 
     def _meets_root(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:

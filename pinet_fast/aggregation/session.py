@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pinet_fast import profiling
 from pinet_fast.aggregation.boundary_rules import default_rules
 from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.interception import Interception
@@ -130,10 +131,11 @@ class Session:
         self._guard.is_expected = True
         with gradients_apart(self.parameters), replay(self.interception):
             if self.interception.uses and sum(present) > 1:
-                self.saw_leak = self.check.run(
-                    self.interception.uses, losses.values, present, step, self.names,
-                    accept=self.attributes_leaks,
-                )  # fmt: skip
+                with profiling.LEAK_CHECK:
+                    self.saw_leak = self.check.run(
+                        self.interception.uses, losses.values, present, step, self.names,
+                        accept=self.attributes_leaks,
+                    )  # fmt: skip
             torch.autograd.backward(
                 losses.values,
                 torch.ones_like(losses.values),

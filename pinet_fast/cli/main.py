@@ -15,6 +15,7 @@ from pinet_fast.cli.doctor import doctor
 from pinet_fast.cli.fetch import fetch
 from pinet_fast.cli.inspect import inspect
 from pinet_fast.cli.prepare import prepare
+from pinet_fast.cli.profile import profile
 from pinet_fast.cli.train import train
 from pinet_fast.errors import InputError, PinetError, TrainingInterrupted
 
@@ -35,6 +36,7 @@ app.command()(compare)
 app.command()(demo)
 app.command()(fetch)
 app.command()(doctor)
+app.command()(profile)
 
 
 def _print_version(wanted: bool) -> None:

@@ -67,13 +67,13 @@ class Maker:
     def make(self, epoch: int, step: int, users: npt.NDArray[np.int64]) -> Made:
         """Build one batch."""
         take = self.ring.take if self._is_leased or self._is_cuda else fresh_slot
-        with profiling.GATHER:
-            slot, assembly = self._builder.build(epoch, step, users, take)
+        slot, assembly = self._builder.build(epoch, step, users, take)
         block = slot.memory[: assembly.layout.num_words]
         if self._is_cuda:
             return self._copied(slot, block, assembly)
         if self._device is not None:
-            return Made(assembly, block.to(self._device))
+            with profiling.TO_DEVICE:
+                return Made(assembly, block.to(self._device))
         return Made(assembly, block, slot if self._is_leased else None, self._is_leased)
 
     def discard(self, made: Made) -> None:
@@ -85,7 +85,7 @@ class Maker:
         with self._lock:
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._stream):
+        with profiling.TO_DEVICE, torch.cuda.stream(self._stream):
             moved = block.to(self._device, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pinet_fast import profiling
 from pinet_fast.data import _njit, _prefetch
 from pinet_fast.data._assemble import Assembly, spans_of
 from pinet_fast.data._augmenting import Augmenter, Sources
@@ -129,7 +130,8 @@ class BatchBuilder:
             StoreError: The file of the store was written to.
         """
         self._store.check_unchanged()
-        plan = self._plan(epoch, users)
+        with profiling.PLAN:
+            plan = self._plan(epoch, users)
         assembly = self._assembly(plan)
         slot = take(assembly.layout.num_words)
         parts = assembly.layout.arrays(slot.memory.numpy())
@@ -141,9 +143,11 @@ class BatchBuilder:
             parts["event_ids"][borders[s] : borders[s + 1]] = s
         if self._weights is not None:
             parts["weights"][:] = self._weights[plan.strata_ids]
-        self._gather(plan, parts)
+        with profiling.GATHER:
+            self._gather(plan, parts)
         if self._negatives is not None:
-            self._draw(epoch, step, plan, parts)
+            with profiling.NEGATIVES:
+                self._draw(epoch, step, plan, parts)
         return slot, assembly
 
     def _plan(self, epoch: int, users: IntArray) -> _Plan:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pinet_fast import profiling
 from pinet_fast.data import _planning
 from pinet_fast.data._order import order, order_within
 from pinet_fast.data._quotas import Mix, shares_of
@@ -183,12 +184,13 @@ class StratifiedBatchSampler:
         if epoch < 0 or not 0 <= step < self._num_batches:
             raise IndexError(f"batch {step} of epoch {epoch}: an epoch has {self._num_batches}")
         parts, row = [], 0
-        for stratum, cycle, places in self._plan.draws(epoch, step):
-            own = places[(self.rank - row) % self.world_size :: self.world_size]
-            row += len(places)
-            if own:
-                parts.append(self._users(stratum, cycle, own))
-        return np.concatenate(parts)
+        with profiling.DRAW:
+            for stratum, cycle, places in self._plan.draws(epoch, step):
+                own = places[(self.rank - row) % self.world_size :: self.world_size]
+                row += len(places)
+                if own:
+                    parts.append(self._users(stratum, cycle, own))
+            return np.concatenate(parts)
 
     def _users(self, stratum: int, cycle: int, own: range) -> IntArray:
         members = self._members[stratum]

@@ -1,0 +1,70 @@
+"""The gather beside what one would write with pyarrow, with torch's DataLoader and with padding."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.test_gather import BATCH, FAR, MAX_LEN, Case, case, fast, stream, windows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["case"]  # the fixture, found by its name
+
+
+def test_gather_over_pyarrow_take(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    """``take`` of the rows of a list column; it cuts no window, so it copies whole sequences."""
+    benchmark.group = "gather"
+    column = pa.LargeListArray.from_arrays(pa.array(case.offsets), pa.array(case.items))
+    mine, turn = fast(case), itertools.cycle(case.batches[FAR:])
+    users = next(turn)
+    taken = column.take(pa.array(users))
+    for row, window in zip(taken[:50].to_pylist(), windows(case, users[:50]), strict=True):
+        assert row[-MAX_LEN:] == window.tolist()
+    paired(stream(mine), stream(lambda: column.take(pa.array(next(turn)))), rounds=30)
+
+
+def test_gather_over_numpy_slices(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    benchmark.group = "gather"
+    mine, turn = fast(case), itertools.cycle(case.batches[FAR:])
+    users = next(turn)
+    assert (np.concatenate(windows(case, users)) == mine.batch(users)).all()
+    paired(stream(mine), stream(lambda: np.concatenate(windows(case, next(turn)))), rounds=15)
+
+
+class Windows(Dataset[torch.Tensor]):
+    """One window a user, as a map-style dataset."""
+
+    def __init__(self, case: Case) -> None:
+        self.items, self.offsets = torch.from_numpy(case.items), case.offsets
+
+    def __getitem__(self, user: int) -> torch.Tensor:
+        end = int(self.offsets[user + 1])
+        return self.items[max(int(self.offsets[user]), end - MAX_LEN) : end]
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def test_gather_over_torch_loader(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
+    """Torch's DataLoader without workers: one indexing a user, padded in ``collate_fn``."""
+    benchmark.group = "gather"
+    loader = DataLoader(Windows(case), batch_sampler=case.batches[FAR:].tolist(), collate_fn=padded)
+
+    def forever() -> Iterator[torch.Tensor]:
+        while True:
+            yield from loader
+
+    mine, theirs = fast(case), forever()
+    rows = next(theirs)
+    assert rows.shape[0] == BATCH
+    assert (rows[rows > 0].numpy() == mine.batch(case.batches[FAR])).all()
+    mine.next = 0
+    paired(stream(mine), stream(lambda: next(theirs)), rounds=6)
