@@ -37,21 +37,34 @@ def refuse_outside_envelope(
         )
 
 
-def eager_modules() -> AbstractContextManager[None]:
-    """Have compiled modules run eagerly inside: a compiled graph hides its boundaries.
+def may_compile() -> bool:
+    """Return whether something in this process can be compiled; that import takes seconds."""
+    return "torch._dynamo" in sys.modules
+
+
+def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
+    """Have compiled models run as graphs that stratify, or eagerly: others hide their boundaries.
 
     Raises:
         AggregationError: torch.compile runs this call itself.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
+    if not may_compile():
         return nullcontext()
     if torch.compiler.is_compiling():
         raise AggregationError(_TRACED)
+    if run_graphs:
+        return _retaining()
     try:
         stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     except RuntimeError as error:  # torch refuses it in a region that it compiles
         raise AggregationError(_TRACED) from error
     return stance
+
+
+def _retaining() -> AbstractContextManager[None]:
+    """Have graphs compiled inside keep their buffers, which another leak check may need."""
+    config = torch._functorch.config
+    return config.patch(donated_buffer=False)  # type: ignore[no-any-return, attr-defined]
 
 
 _TRACED = (

@@ -61,10 +61,20 @@ class Lookup:
     Attributes:
         root: The table.
         leaf: The leaf; its gradient is sparse over (stratum, item).
+        delivered: Where a compiled graph delivers that gradient instead, by ``number``: its leaf
+            only says that there is one.
     """
 
     root: Root
     leaf: Tensor
+    delivered: dict[int, Tensor] | None = None
+    number: int = 0
+
+    def gradient(self) -> Tensor | None:
+        """Return the gradient over (stratum, item), or None."""
+        if self.delivered is None or self.leaf.grad is None:
+            return self.leaf.grad
+        return self.delivered[self.number]
 
 
 @dataclass
@@ -150,6 +160,14 @@ class VirtualLeaves:
         self._lookups.append(Lookup(root, leaf))
         return leaf
 
+    def delivered_lookup(
+        self, root: Root, delivered: dict[int, Tensor], number: int
+    ) -> Tensor:
+        """Return a leaf [1] for one lookup of a compiled graph, which delivers past the leaf."""
+        leaf = self._watched(root.tensor.new_zeros(1).requires_grad_())
+        self._lookups.append(Lookup(root, leaf, delivered, number))
+        return leaf
+
     def note_lookup(self, root: Root, is_sparse: bool) -> None:
         """Note whether a lookup asks for a sparse gradient; one that does not makes it dense."""
         for source in root.sources:
@@ -225,8 +243,9 @@ class _Collection:
             if leaf.grad is not None:
                 self._add(root, leaf.grad)
         for entry in self.leaves._lookups:
-            if entry.leaf.grad is not None:
-                self._add(entry.root, entry.leaf.grad)
+            lookups = entry.gradient()
+            if lookups is not None:
+                self._add(entry.root, lookups)
         for term in self.leaves._terms:
             if term.leaf.grad is not None and not term.is_apart:
                 self._add(term.root, term.leaf.grad)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from pinet_fast import profiling
 from pinet_fast._allocator import keep_freed_memory
 from pinet_fast.aggregation.combination import Absent, Combination, reported_losses
-from pinet_fast.aggregation.envelope import eager_modules, refuse_outside_envelope
+from pinet_fast.aggregation.envelope import compiled_modules, may_compile, refuse_outside_envelope
 from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.joined import JoinedOptimizers, joined
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
@@ -30,6 +30,7 @@ from pinet_fast.aggregation.report import AggregationReport
 from pinet_fast.aggregation.rules import ConstantRule, Rule, by_name
 from pinet_fast.aggregation.session import Session
 from pinet_fast.aggregation.strata_index import StrataIndex
+from pinet_fast.aggregation.trace_plan import TracePlan
 from pinet_fast.errors import AggregationError, ConfigError, StrataError
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class GradientAggregator(Optimizer):
         self._num_steps = 0
         self._names: list[str] = []
         self._slice_proofs: dict[Any, SliceProof] = {}
+        self._plan = TracePlan()
         self._dense_parameters: list[int] = []  # of the last forward, for the next one
         self._warned_plain = False
 
@@ -224,6 +226,7 @@ class GradientAggregator(Optimizer):
             intercept=intercept,
             declared=rows,
             on_scalar=None if reduction is None else self._finish_scalar,
+            plan=self._plan if intercept and may_compile() else None,
         )
         session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:
@@ -232,7 +235,7 @@ class GradientAggregator(Optimizer):
         try:
             with profiling.FORWARD, ExitStack() as stack:
                 if wanted:
-                    stack.enter_context(eager_modules())
+                    stack.enter_context(compiled_modules(run_graphs=session.is_traced))
                 if session.interception is not None:
                     session.interception.prepare(
                         [i for i in self._dense_parameters if i < len(parameters)]

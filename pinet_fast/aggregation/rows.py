@@ -34,6 +34,10 @@ class BatchRows:
 
     Raises:
         StrataError: Declared ids out of range.
+
+    Attributes:
+        delivered: Gradients of lookups in compiled graphs, sparse over (stratum, item), by the
+            number of the lookup.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class BatchRows:
         self._sizes: dict[int, tuple[str, RowGroups]] = {strata.num_users: ("users", strata.users)}
         if strata.events is not None and strata.num_events:
             self._sizes[strata.events.num_rows] = ("events", strata.events)
+        self.delivered: dict[int, Tensor] = {}
         self._is_row_size: dict[int, bool] = {}
         self._exact: dict[tuple[int, ...], RowLayout | None] = {}
         self._repeated: dict[tuple[int, int, int], RowGroups] = {}
@@ -139,6 +144,11 @@ class BatchRows:
     def groups_along(self, layout: RowLayout) -> RowGroups:
         """Return the groups of the positions along the layout's dimension alone."""
         return self._expanded(layout.groups, layout.outer, layout.inner)
+
+    def groups_of_kind(self, kind: str, outer: int, inner: int) -> RowGroups:
+        """Return the groups of the batch's users or events, flattened with other dimensions."""
+        base = self.strata.events if kind == "events" else self.strata.users
+        return self._expanded(base or self.strata.users, outer, inner)
 
     def _expanded(self, base: RowGroups, outer: int, inner: int) -> RowGroups:
         if inner == 1 and outer == 1:

@@ -25,9 +25,17 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.losses import LossRows, ScalarLoss, StratumLosses
     from pinet_fast.aggregation.slice_rule import SliceProof
     from pinet_fast.aggregation.strata_index import StrataIndex
+    from pinet_fast.aggregation.trace_plan import TracePlan
 
 
 _RULES = default_rules()
+
+
+def traceable() -> type[Interception]:
+    """Return the interception that compilers may trace; imported where one is there."""
+    from pinet_fast.aggregation.traced import TraceableInterception
+
+    return TraceableInterception
 
 
 class _BackwardGuard:
@@ -61,8 +69,10 @@ class Session:
         intercept: Whether boundaries are stratified; not for constant rules nor in exact mode.
         declared: Row layouts that the user declares, by parameter name.
         on_scalar: Called at the end of a backward on a scalar; None where losses come as vectors.
+        plan: What graphs may be compiled from; None where nothing is compiled in this process.
 
     Attributes:
+        is_traced: Compiled models run as graphs that stratify; else they run eagerly.
         is_finished: A backward on the scalar was aggregated.
         scalar: How the loop reduces its losses; None where they come as vectors.
         attributes_leaks: Where users mix, gradients count for the stratum of their row.
@@ -80,6 +90,7 @@ class Session:
         intercept: bool,
         declared: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
         on_scalar: Callable[[], None] | None = None,
+        plan: TracePlan | None = None,
     ) -> None:
         self.parameters = parameters
         self.names = names
@@ -92,17 +103,21 @@ class Session:
         self.leaves = VirtualLeaves(strata.num_strata)
         self.interception: Interception | None = None
         self.is_finished = False
+        self.is_traced = False
         self._guard = _BackwardGuard()
         if on_scalar is not None:
             self._watch(on_scalar)
         elif intercept:
             self.leaves.on_gradient, self.leaves.watches_all = self._guard, False
         if intercept:
-            self.interception = Interception(
+            kind = Interception if plan is None else traceable()
+            self.interception = kind(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
                 rules=_RULES, slice_proofs=slice_proofs,
                 takes_scalars=on_scalar is not None,
             )  # fmt: skip
+            if plan is not None:
+                self.is_traced = self.interception.begin(plan)  # type: ignore[attr-defined]
 
     def batch_strata(
         self, rows: LossRows, counts: Sequence[int] | None, *, renormalise: bool
