@@ -19,14 +19,16 @@ if TYPE_CHECKING:
         StratifiedBatchSampler,
         prepare,
     )
-    from pinet_fast.heads import PluginHeads
-    from pinet_fast.models import PINet, SASRec
+    from pinet_fast.heads import PluginHeads, register_head
+    from pinet_fast.models import DIN, GRU4Rec, PINet, SASRec
     from pinet_fast.training import RunConfig, train
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DIN",
     "AggregationReport",
+    "GRU4Rec",
     "GradientAggregator",
     "Negatives",
     "PINet",
@@ -42,12 +44,15 @@ __all__ = [
     "StratifiedBatchSampler",
     "__version__",
     "prepare",
+    "register_head",
     "rules",
     "train",
 ]
 
 # Loaded on first use: training with one's own data needs neither pyarrow nor numba.
 _HOME = {
+    "DIN": "models",
+    "GRU4Rec": "models",
     "AggregationReport": "aggregation",
     "GradientAggregator": "aggregation",
     "Negatives": "data",
@@ -63,6 +68,7 @@ _HOME = {
     "StrataIndex": "aggregation",
     "StratifiedBatchSampler": "data",
     "prepare": "data",
+    "register_head": "heads",
     "train": "training",
 }
 

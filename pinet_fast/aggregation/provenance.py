@@ -88,7 +88,9 @@ def _same(node: Any, shape: Shape) -> _Node:
     return _Node(shape, lambda layout: layout, _parents(node))
 
 
-def _view(node: Any, shape: Shape) -> _Node:
+def _view(node: Any, shape: Shape) -> _Node | None:
+    if min(shape, default=0) < 0:  # one part of a concatenation: its width is not known
+        return None
     before = tuple(int(size) for size in node._saved_self_sym_sizes)
     return _Node(before, lambda layout: _reshaped(layout, before, shape), _parents(node))
 
@@ -184,6 +186,14 @@ def _expand(node: Any, shape: Shape) -> _Node:
     return _Node(before, lambda layout: layout._replace(dim=layout.dim + shift), _parents(node))
 
 
+def _cat(node: Any, shape: Shape) -> _Node:
+    """Parts side by side have the rows of each, unless the rows themselves are concatenated."""
+    joined = _dim(node._saved_dim, len(shape))
+    before = (*shape[:joined], -1, *shape[joined + 1 :])
+    keep: Step = lambda layout: None if layout.dim == joined else layout  # noqa: E731
+    return _Node(before, keep, _parents(node))
+
+
 def _batched_product(node: Any, shape: Shape) -> _Node | None:
     """``bmm`` keeps its first dimension; rows elsewhere would be summed over or exchanged."""
     first = getattr(node, "_saved_self", None)
@@ -269,6 +279,7 @@ _READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
     "IndexBackward0": _indexed,
     "IndexSelectBackward0": _index_select,
     "ExpandBackward0": _expand,
+    "CatBackward0": _cat,
     "BmmBackward0": _batched_product,
     "BaddbmmBackward0": _batched_product,
     "ScaledDotProductFlashAttentionForCpuBackward0": _attention,

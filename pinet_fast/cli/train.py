@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +11,15 @@ import typer
 from pinet_fast.aggregation.rules import names as rule_names
 from pinet_fast.cli.console import Output, output
 from pinet_fast.cli.progress import ProgressObserver
+from pinet_fast.cli.run_options import given_options, resolved, seed_runs
 from pinet_fast.data.compiling import told
 from pinet_fast.errors import ConfigError
+from pinet_fast.heads import head_names
 from pinet_fast.report import RunFiles, write_report
 from pinet_fast.training import RunConfig
 from pinet_fast.training import train as run_training
 from pinet_fast.training.run_folder import RunFolder
 
-_FIELDS = frozenset(f.name for f in dataclasses.fields(RunConfig))
 _LOG = "Log"
 _METHOD = "Method"
 _BACKBONE = "Backbone"
@@ -69,15 +69,58 @@ def train(
     check: Annotated[
         str, _option("check", "Leak check: first, always or never.", _METHOD)
     ] = RunConfig.check,
-    model: Annotated[str, _option("model", "sasrec.", _BACKBONE)] = RunConfig.model,
+    model: Annotated[
+        str,
+        _option("model", "sasrec, gru4rec, din, or din-mean (DIN without attention).", _BACKBONE),
+    ] = RunConfig.model,
     loss: Annotated[
-        str, _option("loss", "ce (softmax over the catalogue) or bce (negatives).", _BACKBONE)
-    ] = RunConfig.loss,
+        str | None,
+        typer.Option(
+            "--loss", help="ce (softmax over the catalogue), or on negatives bce, ss (sampled "
+            "softmax), bpr, gbce. Default: ce, and bce for DIN.", rich_help_panel=_BACKBONE,
+            show_default=False,
+        ),
+    ] = None,
+    gbce_t: Annotated[
+        float, _option("gbce_t", "Calibration of --loss gbce, 0 to 1.", _BACKBONE)
+    ] = RunConfig.gbce_t,
+    tied: Annotated[
+        bool,
+        typer.Option(
+            "--tied/--untied", help="Items are scored by the rows they are read with.",
+            rich_help_panel=_BACKBONE,
+        ),
+    ] = RunConfig.tied,
+    norm: Annotated[
+        str, _option("norm", "Norms of SASRec: pre, or post as in S3-Rec.", _BACKBONE)
+    ] = RunConfig.norm,
+    attributes: Annotated[
+        str, _option("attributes", "File with categories of the items, for DIN.", _LOG)
+    ] = RunConfig.attributes,
+    targets: Annotated[
+        str,
+        _option("targets", "next, or last: one target a user and epoch, for DIN on long "
+                "histories.", _BATCHES),
+    ] = RunConfig.targets,
     epochs: Annotated[int, _option("epochs", "Most epochs.", _BACKBONE)] = RunConfig.epochs,
     patience: Annotated[
         int,
         _option("patience", "Evaluations without improvement that end it; 0 = never.", _BACKBONE),
     ] = RunConfig.patience,
+    stop_on: Annotated[
+        str,
+        _option("stop_on", "Whose validation decides: overall, or a stratum, as tail.", _BACKBONE),
+    ] = RunConfig.stop_on,
+    eval_negatives: Annotated[
+        int | None,
+        typer.Option(
+            "--eval-negatives", help="Rank against so many frozen negatives; 0 = the catalogue. "
+            "Default: 0, and 100 for DIN.", rich_help_panel=_RUN, show_default=False,
+        ),
+    ] = None,
+    eval_dist: Annotated[
+        str, _option("eval_dist", "How they are drawn: uniform or popularity.", _RUN)
+    ] = RunConfig.eval_dist,
     eval_every: Annotated[
         int, _option("eval_every", "Epochs between evaluations.", _BACKBONE)
     ] = RunConfig.eval_every,
@@ -99,7 +142,7 @@ def train(
                 _BATCHES),
     ] = RunConfig.weights,
     negatives: Annotated[
-        int, _option("negatives", "Negatives, with --loss bce.", _BATCHES)
+        int, _option("negatives", "Negatives, for all losses but ce.", _BATCHES)
     ] = RunConfig.negatives,
     negatives_per: Annotated[
         str, _option("negatives_per", "Negatives are drawn per event, user or batch.", _BATCHES)
@@ -119,7 +162,7 @@ def train(
     ] = RunConfig.max_len,
     dim: Annotated[int, _option("dim", "Width of the model.", _BACKBONE)] = RunConfig.dim,
     blocks: Annotated[
-        int, _option("blocks", "Transformer blocks.", _BACKBONE)
+        int, _option("blocks", "Transformer blocks or GRU layers.", _BACKBONE)
     ] = RunConfig.blocks,
     attention_heads: Annotated[
         int, _option("attention_heads", "Attention heads.", _BACKBONE)
@@ -133,6 +176,9 @@ def train(
             "but for --rule joint, the baseline.", rich_help_panel=_HEADS, show_default=False,
         ),
     ] = None,
+    head: Annotated[
+        str, _option("head", f"Kind of heads: {', '.join(head_names())}.", _HEADS)
+    ] = RunConfig.head,
     head_epochs: Annotated[
         int, _option("head_epochs", "Epochs of the heads.", _HEADS)
     ] = RunConfig.head_epochs,
@@ -140,6 +186,34 @@ def train(
         float, _option("head_lr", "Learning rate of the heads.", _HEADS)
     ] = RunConfig.head_lr,
     seed: Annotated[int, _option("seed", "Seed of everything random.", _RUN)] = 0,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds", help="Several runs one after the other, 0,1,2: folders seed-0, ... in "
+            "--out.", rich_help_panel=_RUN,
+        ),
+    ] = None,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config", help="Options from a TOML or JSON file, config.json of a run for example; "
+            "options given here go before it.", rich_help_panel=_RUN,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="KEY=VALUE, a key of config.json; goes before everything else.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        bool,
+        typer.Option(
+            "--tensorboard", help="Also write events for TensorBoard (extra: tensorboard).",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     threads: Annotated[
         int, _option("threads", "Threads of torch; 0 = as torch decides.", _RUN)
     ] = 0,
@@ -160,6 +234,12 @@ def train(
 
         pinet-fast train --data log.csv --rule joint --loss ce --out runs/joint
 
+        pinet-fast train --data log.parquet --model gru4rec --loss bpr --out runs/gru
+
+        pinet-fast train --data log.parquet --model din --attributes items.parquet --out runs/din
+
+        pinet-fast train --config base.toml --set lr=0.003 --seeds 0,1,2 --out runs/three
+
         pinet-fast train --out runs/joint --resume
     """
     if out is None:
@@ -168,26 +248,37 @@ def train(
     if resume:
         _refuse_changes(context, out)
     else:
-        if data is None:
-            raise ConfigError("--data: missing; name a Parquet or CSV log, as in --data log.csv")
-        options = {name: value for name, value in context.params.items() if name in _FIELDS}
-        options["data"] = str(data)
-        options["heads"] = rule != "joint" if heads is None else heads
-        config = RunConfig(**options)
+        config = resolved(given_options(context), config_file, settings)
     shown = output(as_json=as_json, quiet=quiet)
-    metrics = run(config, out, shown, resume=resume)
-    if as_json:
-        shown.print_json(json.dumps(metrics))
+    if seeds is not None:
+        if config is None:
+            raise ConfigError("--seeds: each seed has a folder of its own; resume that one")
+        runs = seed_runs(config, out, seeds)
     else:
-        summarise(metrics, RunFolder(out), shown)
+        runs = [(config, out)]
+    metrics = [
+        run(each, folder, shown, resume=resume, tensorboard=tensorboard) for each, folder in runs
+    ]
+    if as_json:
+        shown.print_json(json.dumps(metrics if seeds is not None else metrics[0]))
+        return
+    for (_, folder), found in zip(runs, metrics, strict=True):
+        summarise(found, RunFolder(folder), shown)
 
 
 def run(
-    config: RunConfig | None, out: Path, shown: Output, *, resume: bool = False
+    config: RunConfig | None,
+    out: Path,
+    shown: Output,
+    *,
+    resume: bool = False,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train with progress bars and write the report."""
     with ProgressObserver(shown.err, quiet=shown.quiet) as observer, told(observer.note):
-        metrics = run_training(config, out, resume=resume, observer=observer)
+        metrics = run_training(
+            config, out, resume=resume, observer=observer, tensorboard=tensorboard
+        )
         write_report(RunFiles.load(out), RunFolder(out).report)
     return metrics
 
@@ -196,18 +287,42 @@ def summarise(metrics: dict[str, Any], folder: RunFolder, shown: Output) -> None
     """Print a run's test metrics by stratum."""
     from rich.table import Table
 
+    config = metrics["config"]
     final = metrics["test"][metrics["final"]]
     simulated = " - SIMULATED DATA" if metrics["data"]["simulated"] else ""
-    table = Table(title=f"test, full ranking, {metrics['final']}{simulated}")
+    against = f"{config['eval_negatives']} negatives" if config["eval_negatives"] else "full"
+    table = Table(title=f"test, {against} ranking, {metrics['final']}{simulated}")
     for column in ("stratum", "users", "NDCG@10", "HR@10", "MRR@10"):
         table.add_column(column, justify="left" if column == "stratum" else "right")
     names = ["overall", *(s["name"] for s in metrics["strata"])]
     for name, group in zip(names, [final["overall"], *final["strata"]], strict=True):
         means = [group[f"{metric}@10"]["mean"] for metric in ("ndcg", "hr", "mrr")]
-        cells = ["-" if mean is None else f"{mean:.4f}" for mean in means]
-        table.add_row(name, f"{group['users']:,}", *cells)
+        table.add_row(name, f"{group['users']:,}", *map(_number, means))
     shown.out.print(table)
+    if metrics["clicks"]["test"]:
+        _print_clicks(metrics, names, shown)
     shown.out.print(f"report: {folder.report}", highlight=False, soft_wrap=True)
+
+
+def _print_clicks(metrics: dict[str, Any], names: list[str], shown: Output) -> None:
+    """Print AUC, GAUC and log loss by stratum, and those of ranking by popularity."""
+    from rich.table import Table
+
+    own = metrics["clicks"]["test"][metrics["final"]]
+    popular = metrics["baselines"]["popularity"]["clicks"]
+    table = Table(title=f"test clicks, {metrics['final']}")
+    for column in ("stratum", "AUC", "GAUC", "log loss", "popularity AUC", "GAUC"):
+        table.add_column(column, justify="left" if column == "stratum" else "right")
+    for g, name in enumerate(names):
+        mine, theirs = ([e["overall"], *e["strata"]][g] for e in (own, popular))
+        cells = [mine[m]["mean"] for m in ("auc", "gauc", "log_loss")]
+        cells += [theirs[m]["mean"] for m in ("auc", "gauc")]
+        table.add_row(name, *map(_number, cells))
+    shown.out.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _refuse_changes(context: typer.Context, out: Path) -> None:

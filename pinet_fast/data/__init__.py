@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pinet_fast.data import compiling as compiling  # registers itself with Numba
+from pinet_fast.data._popularity import training_counts
+from pinet_fast.data.attributes import item_attributes
 from pinet_fast.data.augment import Crop, Drop, Mask, Reorder
 from pinet_fast.data.batch import RaggedBatch
 from pinet_fast.data.evaluation import EvaluationBatch, evaluation_batches
@@ -37,7 +39,9 @@ __all__ = [
     "StratifiedBatchSampler",
     "StringIds",
     "evaluation_batches",
+    "item_attributes",
     "prepare",
     "read_log",
     "simulate_log",
+    "training_counts",
 ]

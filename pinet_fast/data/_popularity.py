@@ -43,9 +43,13 @@ class Popularity:
     @classmethod
     def of_training_events(cls, store: SequenceStore, split: Split, alpha: float) -> Popularity:
         """Weigh items by (training events)^alpha; an item without any counts as if it had one."""
-        counts = np.zeros(store.num_items + 1, np.int64)
-        _njit_negatives.count_items(
-            store.items, store.offsets[:-1], split.train_ends(store), counts
-        )
+        counts = training_counts(store, split)
         log_weights = alpha * np.log(np.maximum(counts[1:], 1))
         return cls.of(np.exp(log_weights - log_weights.max()))
+
+
+def training_counts(store: SequenceStore, split: Split) -> IntArray:
+    """Return the training events of every item, int64 [V + 1]; item 0 has none."""
+    counts = np.zeros(store.num_items + 1, np.int64)
+    _njit_negatives.count_items(store.items, store.offsets[:-1], split.train_ends(store), counts)
+    return counts

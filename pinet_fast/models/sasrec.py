@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +12,21 @@ from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import ConfigError
 from pinet_fast.kernels import ragged_attention
 from pinet_fast.models.dropout import Dropout
+from pinet_fast.models.sequence import SequenceModel
 
-if TYPE_CHECKING:
-    from pinet_fast.data.batch import RaggedBatch
-
-LossName = Literal["ce", "bce"]
+NormName = Literal["pre", "post"]
 
 
-class SASRec(nn.Module):
-    """Self-attentive sequential recommendation with a tied item table.
+class SASRec(SequenceModel):
+    """Self-attentive sequential recommendation.
 
-    Deviations from the paper: pre-norm blocks with the norm on the whole residual branch (the
-    paper normalises queries only), one projection for queries, keys and values with biases, ragged
-    batches instead of left-padded ones (position 0 is the most recent event of the window, so that
-    the event to predict from always has the same position), full cross-entropy beside the paper's
-    binary cross-entropy.
+    Deviations from the paper: with ``norm="pre"`` blocks whose norm is on the whole residual
+    branch (the paper normalises queries only), one projection for queries, keys and values with
+    biases, ragged batches instead of left-padded ones (position 0 is the most recent event of the
+    window, so that the event to predict from always has the same position), losses beside the
+    paper's binary cross-entropy. ``norm="post"`` is the form of S3-Rec's SASRec: a norm on the
+    embeddings, which are not scaled, and after each residual sum, and a feed-forward of width 4 d
+    with GELU.
 
     Args:
         num_items: V; ids run from 1 to V, 0 is padding and stays untrained.
@@ -35,9 +35,12 @@ class SASRec(nn.Module):
         num_blocks: Transformer blocks.
         num_heads: Attention heads; must divide ``dim``.
         dropout: Dropout on embeddings, attention weights and residual branches.
-        loss: ``"ce"``, softmax over the whole catalogue, or ``"bce"``, binary cross-entropy with
-            the batch's sampled negatives: those of every event, or those of a user or of the whole
-            batch with each of its events.
+        loss: ``"ce"``, softmax over the whole catalogue, or one on the batch's sampled negatives:
+            ``"bce"``, ``"ss"``, ``"bpr"``, ``"gbce"``. They take negatives of every event, or
+            those of a user or of the whole batch with each of its events.
+        tied: Whether items are scored by the rows they are read with.
+        gbce_t: Calibration of ``"gbce"``.
+        norm: ``"pre"`` or ``"post"``.
 
     Raises:
         ConfigError: Sizes or names out of range.
@@ -45,8 +48,6 @@ class SASRec(nn.Module):
     Source:
         Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781.
     """
-
-    padding_bias: Tensor
 
     def __init__(
         self,
@@ -57,41 +58,25 @@ class SASRec(nn.Module):
         num_blocks: int = 2,
         num_heads: int = 1,
         dropout: float = 0.5,
-        loss: LossName = "ce",
+        loss: str = "ce",
+        tied: bool = True,
+        gbce_t: float = 0.75,
+        norm: NormName = "pre",
     ) -> None:
-        super().__init__()
-        if loss not in get_args(LossName):
-            raise ConfigError(f"loss: expected one of {get_args(LossName)}, got {loss!r}")
+        super().__init__(num_items, max_len=max_len, dim=dim, loss=loss, tied=tied, gbce_t=gbce_t)
         if dim % num_heads:
             raise ConfigError(f"num_heads: {num_heads} does not divide dim {dim}")
         if not 0 <= dropout < 1:
             raise ConfigError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
-        self.num_items = num_items
-        self.max_len = max_len
-        self.dim = dim
-        self.loss = loss
-        self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
+        if norm not in get_args(NormName):
+            raise ConfigError(f"norm: expected 'pre' or 'post', got {norm!r}")
         self.positions = nn.Embedding(max_len, dim)
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(_Block(dim, num_heads, dropout) for _ in range(num_blocks))
+        block = _Block if norm == "pre" else _PostBlock
+        self.blocks = nn.ModuleList(block(dim, num_heads, dropout) for _ in range(num_blocks))
         self.norm = nn.LayerNorm(dim)
-        # -inf for item 0 as a bias costs no pass over the [T, V + 1] logits of its own, and leaves
-        # exactly zero gradient in the padding row.
-        bias = torch.zeros(num_items + 1)
-        bias[0] = -torch.inf
-        self.register_buffer("padding_bias", bias, persistent=False)
+        self.is_pre = norm == "pre"
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw all parameters anew: N(0, 0.02) for tables and matrices, zero biases."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        with torch.no_grad():
-            self.items.weight[0].zero_()
 
     def hidden(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Return the state after every event.
@@ -106,56 +91,17 @@ class SASRec(nn.Module):
         lengths = offsets[1:] - offsets[:-1]
         event = torch.arange(values.numel(), device=values.device)
         from_end = repeat_rows(offsets[1:], lengths) - 1 - event
-        x = self.items(values) * self.dim**0.5 + self.positions(from_end)
+        x = self.items(values)
+        x = (
+            x * self.dim**0.5 + self.positions(from_end)
+            if self.is_pre
+            else self.norm(x + self.positions(from_end))
+        )
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, offsets, self.max_len)
-        out: Tensor = self.norm(x)
+        out: Tensor = self.norm(x) if self.is_pre else x
         return out
-
-    def scores(self, hidden: Tensor) -> Tensor:
-        """Return the scores of the whole catalogue, [N, V + 1], for states [N, d]; padding -inf."""
-        return F.linear(hidden, self.items.weight, self.padding_bias)
-
-    def event_losses(self, hidden: Tensor, batch: RaggedBatch) -> Tensor:
-        """Return the loss of every event, [T], from its state [T, d].
-
-        Raises:
-            ConfigError: The batch lacks what the loss needs.
-        """
-        if batch.targets is None:
-            raise ConfigError('SASRec: the loss needs batch.targets; use targets="next"')
-        if self.loss == "ce":
-            return F.cross_entropy(self.scores(hidden), batch.targets, reduction="none")
-        if batch.negatives is None:
-            raise ConfigError('SASRec: loss="bce" needs batch.negatives; use negatives=Negatives()')
-        # One lookup for the target and its negatives: [T, 1 + n].
-        negatives = _by_event(batch.negatives, batch)
-        candidates = torch.cat([batch.targets.unsqueeze(1), negatives], dim=1)
-        logits = (self.items(candidates) * hidden.unsqueeze(1)).sum(-1)
-        return F.softplus(-logits[:, 0]) + F.softplus(logits[:, 1:]).sum(1)
-
-    def forward(self, batch: RaggedBatch) -> Tensor:
-        """Return the losses of a batch, one an event, [T]."""
-        return self.event_losses(self.hidden(batch.values, batch.offsets), batch)
-
-
-def _by_event(negatives: Tensor, batch: RaggedBatch) -> Tensor:
-    """Return the negatives of every event, int64 [T, n], from [T, n], [B, n] or [n].
-
-    Ids are repeated, not embeddings: so every looked-up row is one of the batch's events, which is
-    what stratum gradients need.
-    """
-    if negatives.dim() == 1:
-        return negatives.expand(batch.num_events, -1)
-    if negatives.dim() == 2 and len(negatives) == batch.num_events:
-        return negatives
-    if negatives.dim() == 2 and len(negatives) == batch.num_users:
-        return repeat_rows(negatives, batch.lengths)
-    raise ConfigError(
-        f"SASRec: expected negatives per event [{batch.num_events}, n], user "
-        f"[{batch.num_users}, n] or batch [n], got shape {list(negatives.shape)}"
-    )
 
 
 class _Block(nn.Module):
@@ -182,4 +128,29 @@ class _Block(nn.Module):
         x = x + self.dropout(self.out(attended))
         inner = self.dropout(F.relu(self.up(self.feed_norm(x))))
         out: Tensor = x + self.dropout(self.down(inner))
+        return out
+
+
+class _PostBlock(nn.Module):
+    """Attention and a feed-forward of 4 d, each with a residual connection and a norm after it."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+        self.feed_norm = nn.LayerNorm(dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, offsets: Tensor, max_len: int) -> Tensor:
+        num_events, dim = x.shape
+        qkv = self.qkv(x).view(num_events, 3, self.num_heads, dim // self.num_heads)
+        rate = self.dropout.p if self.training else 0.0
+        attended = ragged_attention(qkv, offsets, dropout=rate, max_len=max_len)
+        attended = attended.view(num_events, dim)
+        x = self.attention_norm(x + self.dropout(self.out(attended)))
+        out: Tensor = self.feed_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
         return out

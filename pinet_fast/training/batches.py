@@ -8,8 +8,10 @@ from pinet_fast.data import Negatives, StratifiedBatchSampler
 from pinet_fast.training.mixes import mix_of
 
 if TYPE_CHECKING:
-    from pinet_fast.data import Strata
+    from pinet_fast.data import FrozenNegatives, Strata
+    from pinet_fast.data.splits import Part
     from pinet_fast.training.config import RunConfig
+    from pinet_fast.training.inputs import Inputs
 
 
 def sampler_of(config: RunConfig, strata: Strata, seed: int) -> StratifiedBatchSampler:
@@ -36,7 +38,7 @@ def sampler_of(config: RunConfig, strata: Strata, seed: int) -> StratifiedBatchS
 
 def negatives_of(config: RunConfig) -> Negatives | None:
     """Return the negatives that the loss needs, or None."""
-    if config.loss != "bce":
+    if config.loss == "ce":
         return None
     return Negatives(
         config.negatives,
@@ -44,4 +46,17 @@ def negatives_of(config: RunConfig) -> Negatives | None:
         per=config.negatives_per,  # type: ignore[arg-type]
         dist=config.negatives_dist,  # type: ignore[arg-type]
         alpha=config.negatives_alpha,
+        log_q=config.loss == "ss",
     )
+
+
+def frozen_negatives_of(config: RunConfig, inputs: Inputs, part: Part) -> FrozenNegatives | None:
+    """Return the negatives that held-out items are ranked against; None for the catalogue."""
+    if not config.eval_negatives:
+        return None
+    options = Negatives(
+        config.eval_negatives,
+        per="user",
+        dist=config.eval_dist,  # type: ignore[arg-type] # checked by RunConfig
+    )
+    return options.frozen(inputs.store, inputs.split, part=part)

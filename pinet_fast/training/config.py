@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from pinet_fast.aggregation.rules import Backdoor, Rule, by_name
 from pinet_fast.aggregation.rules import names as rule_names
 from pinet_fast.errors import ConfigError
+from pinet_fast.heads import head_names
+from pinet_fast.models.losses import LOSSES
 from pinet_fast.training.mixes import mix_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-MODELS = ("sasrec",)
-LOSSES = ("ce", "bce")
+MODELS = ("sasrec", "gru4rec", "din", "din-mean")
+CANDIDATE_MODELS = ("din", "din-mean")
+"""Models that score candidates one by one: they are never ranked against the catalogue."""
+
 PRIORS = ("uniform", "users", "events")
 _NEGATIVES = {
     "negatives_per": ("event", "user", "batch"),
@@ -33,16 +37,30 @@ class RunConfig:
 
     Attributes:
         data: Path of the log, Parquet or CSV.
-        model: The backbone; ``sasrec``.
-        loss: ``ce`` (softmax over the catalogue) or ``bce`` (sampled negatives).
+        model: The backbone: ``sasrec``, ``gru4rec``, ``din``, or ``din-mean``, DIN with the plain
+            mean of the history in place of its attention.
+        loss: ``ce`` (softmax over the catalogue), or on sampled negatives ``bce``, ``ss`` (softmax
+            with log-q correction), ``bpr`` or ``gbce``. DIN has ``bce`` alone.
+        gbce_t: Calibration of ``gbce``, 0 to 1.
+        tied: Whether items are scored by the rows they are read with, in sequence models.
+        norm: Norms of SASRec: ``pre``, or ``post`` as in S3-Rec.
+        attributes: File with categories of the items, for DIN; empty for none.
+        targets: ``next``: every event of a window is predicted; ``last``: the last one of a prefix
+            of random length, a user and epoch, for DIN on long histories.
         rule: How stratum gradients are aggregated: ``joint``, ``backdoor`` or ``agreement``.
         prior: P(z) of the backdoor rule: ``uniform``, ``users`` or ``events``.
         strata: How users are cut by activeness, such as ``head:0.2``.
         heads: Whether plugin heads are trained on the frozen backbone.
+        head: The kind of heads, a name of ``pinet_fast.heads``.
         seed: Seed of the weights, of dropout, of the order of users and of negatives.
         epochs: Most epochs of stage 1.
-        patience: Evaluations without a better validation NDCG@10 after which stage 1 ends; 0 =
+        patience: Evaluations without a better validation score after which stage 1 ends; 0 =
             never.
+        stop_on: Whose validation score that is, and decides which epoch is kept: ``overall``, or
+            the name of a stratum, such as ``tail`` or ``head``.
+        eval_negatives: Frozen negatives that each held-out item is ranked against; 0 = the whole
+            catalogue. Their seed is 0 whatever the run's, so that runs are comparable.
+        eval_dist: How they are drawn: ``uniform`` or ``popularity``.
         eval_every: Epochs between evaluations on the validation events.
         head_epochs: Epochs of stage 2.
         batch_size: Users a batch; without effect where ``max_events`` is given.
@@ -59,7 +77,7 @@ class RunConfig:
             the ``window`` shown, the ``targets``, or ``none``.
         max_len: Longest window of events.
         dim: d of the model.
-        blocks: Transformer blocks.
+        blocks: Transformer blocks, or GRU layers.
         attention_heads: Attention heads.
         dropout: Dropout of the backbone.
         lr: Learning rate of Adam in stage 1.
@@ -76,14 +94,23 @@ class RunConfig:
     data: str
     model: str = "sasrec"
     loss: str = "ce"
+    gbce_t: float = 0.75
+    tied: bool = True
+    norm: str = "pre"
+    attributes: str = ""
+    targets: str = "next"
     rule: str = "backdoor"
     prior: str = "uniform"
     strata: str = "head:0.2"
     heads: bool = True
+    head: str = "plugin"
     seed: int = 0
     epochs: int = 40
     patience: int = 5
+    stop_on: str = "overall"
     eval_every: int = 1
+    eval_negatives: int = 0
+    eval_dist: str = "uniform"
     head_epochs: int = 5
     batch_size: int = 128
     max_events: int = 0
@@ -117,13 +144,18 @@ class RunConfig:
         _one_of("order", self.order, ("auto", "timestamp", "rows"))
         _one_of("check", self.check, ("first", "always", "never"))
         _one_of("weights", self.weights, ("population", "none"))
+        _one_of("norm", self.norm, ("pre", "post"))
+        _one_of("targets", self.targets, ("next", "last"))
+        _one_of("head", self.head, head_names())
+        _one_of("eval_dist", self.eval_dist, ("uniform", "popularity"))
         mix_of(self.mix)
+        self._check_model()
         self._check_negatives()
         for name in ("epochs", "eval_every", "batch_size", "max_len", "dim", "blocks"):
             _at_least(name, getattr(self, name), 1)
         for name in ("attention_heads", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("seed", "patience", "head_epochs", "threads", "max_events"):
+        for name in ("seed", "patience", "head_epochs", "threads", "max_events", "eval_negatives"):
             _at_least(name, getattr(self, name), 0)
         for name in ("lr", "head_lr"):
             value = getattr(self, name)
@@ -140,6 +172,38 @@ class RunConfig:
                 f"--prior {self.prior}: only --rule backdoor has a prior, the rule is {self.rule}"
             )
 
+    def _check_model(self) -> None:
+        is_candidate = self.model in CANDIDATE_MODELS
+        if is_candidate and self.loss != "bce":
+            raise ConfigError(f"--loss {self.loss}: --model {self.model} is trained with bce only")
+        if is_candidate and self.eval_negatives < 1:
+            raise ConfigError(
+                f"--eval-negatives {self.eval_negatives}: --model {self.model} scores candidates, "
+                "so give it some, as in --eval-negatives 100"
+            )
+        for name, only, value, default in (
+            ("attributes", CANDIDATE_MODELS, self.attributes, ""),
+            ("targets", CANDIDATE_MODELS, self.targets, "next"),
+            ("norm", ("sasrec",), self.norm, "pre"),
+            ("tied", ("sasrec", "gru4rec"), self.tied, True),
+        ):
+            if value != default and self.model not in only:
+                raise ConfigError(
+                    f"--{name} {value}: only --model {' or '.join(only)} has that option, the "
+                    f"model is {self.model}"
+                )
+        if not 0 <= self.gbce_t <= 1:
+            raise ConfigError(f"--gbce-t: expected 0 <= t <= 1, got {self.gbce_t}")
+        if self.gbce_t != 0.75 and self.loss != "gbce":
+            raise ConfigError(
+                f"--gbce-t {self.gbce_t}: only --loss gbce has it, the loss is {self.loss}"
+            )
+        if self.eval_dist != "uniform" and not self.eval_negatives:
+            raise ConfigError(
+                f"--eval-dist {self.eval_dist}: the whole catalogue is ranked; give "
+                "--eval-negatives too"
+            )
+
     def _check_negatives(self) -> None:
         for name, known in _NEGATIVES.items():
             _one_of(name, getattr(self, name), known)
@@ -150,10 +214,10 @@ class RunConfig:
             )
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name in ("negatives", *_NEGATIVES, "negatives_alpha"):
-            if self.loss != "bce" and getattr(self, name) != defaults[name]:
+            if self.loss == "ce" and getattr(self, name) != defaults[name]:
                 raise ConfigError(
-                    f"--{_option(name)} {getattr(self, name)}: only --loss bce draws negatives, "
-                    f"the loss is {self.loss}"
+                    f"--{_option(name)} {getattr(self, name)}: --loss ce draws no negatives; take "
+                    f"{', '.join(loss for loss in LOSSES if loss != 'ce')}"
                 )
         if self.negatives_dist == "uniform" and self.negatives_alpha != 1:
             raise ConfigError(

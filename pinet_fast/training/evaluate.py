@@ -1,8 +1,8 @@
-"""Full-catalogue ranking of held-out events."""
+"""Ranking of held-out events: among the whole catalogue, or among frozen negatives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import AggregationError
+from pinet_fast.training.click_metrics import CandidateScores
+from pinet_fast.training.metrics import mean_metric
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -29,12 +31,27 @@ class Ranking:
         strata: Their strata, int64 [M].
         backbone: Rank of each target under the backbone, from 1, int64 [M].
         heads: The same with plugin heads, or None without heads.
+        targets: The held-out items, int64 [M].
+        num_negatives: Items a target was ranked against; None where that is the catalogue.
+        scores: Scores behind the ranks among negatives, by stage; empty for the catalogue.
     """
 
     users: npt.NDArray[np.int64]
     strata: npt.NDArray[np.int64]
     backbone: npt.NDArray[np.int64]
     heads: npt.NDArray[np.int64] | None
+    targets: npt.NDArray[np.int64]
+    num_negatives: int | None = None
+    scores: dict[str, CandidateScores] = field(default_factory=dict)
+
+    def quality(self, ranks: npt.NDArray[np.int64]) -> float:
+        """Return what decides which epoch is kept, from the ranks of a group of users.
+
+        NDCG@10 among the catalogue; GAUC, ties counting against the target, among negatives.
+        """
+        if self.num_negatives is None:
+            return mean_metric(ranks)
+        return float(1 - (ranks - 1).mean() / self.num_negatives) if len(ranks) else 0.0
 
 
 def target_ranks(scores: Tensor, targets: Tensor, history: Tensor, offsets: Tensor) -> Tensor:
@@ -57,16 +74,37 @@ def target_ranks(scores: Tensor, targets: Tensor, history: Tensor, offsets: Tens
     """
     column = targets.unsqueeze(1)
     own = scores.gather(1, column)
-    if not bool(own.isfinite().all()):
-        raise AggregationError(
-            "evaluation: scores are not finite: the model has diverged; lower the learning rate"
-        )
+    _check_finite(own)
     rows = repeat_rows(torch.arange(len(targets), device=scores.device), offsets.diff())
     scores[:, 0] = -torch.inf
     scores[rows, history] = -torch.inf
     scores.scatter_(1, column, own)
     # The target itself is among those that are not below it: rank 1 means nobody else is.
     return (scores >= own).sum(1)
+
+
+def candidate_ranks(scores: Tensor) -> Tensor:
+    """Return the rank of the first candidate of each row among all of them; ties count against it.
+
+    Args:
+        scores: [B, 1 + n]: the target's, then those of its negatives.
+
+    Returns:
+        int64 [B], from 1.
+
+    Raises:
+        AggregationError: A target's score is not finite (the model has diverged).
+    """
+    own = scores[:, :1]
+    _check_finite(own)
+    return (scores >= own).sum(1)
+
+
+def _check_finite(own: Tensor) -> None:
+    if not bool(own.isfinite().all()):
+        raise AggregationError(
+            "evaluation: scores are not finite: the model has diverged; lower the learning rate"
+        )
 
 
 @torch.no_grad()
@@ -78,7 +116,8 @@ def rank_targets(
 ) -> Ranking:
     """Rank the targets of all batches with the backbone and, where given, the plugin heads.
 
-    Both are ranked from one pass through the backbone.
+    Both are ranked from one pass through the backbone. Batches with negatives are ranked among
+    those, others among the catalogue.
 
     Args:
         backbone: The backbone, in evaluation mode.
@@ -86,21 +125,46 @@ def rank_targets(
         batches: What to rank.
         on_batch: Called with the users done, for progress.
     """
-    users, strata, plain, headed = [], [], [], []
+    stages = ("backbone",) if pinet is None else ("backbone", "heads")
+    ranks: dict[str, list[Tensor]] = {stage: [] for stage in stages}
+    scores: dict[str, list[Tensor]] = {stage: [] for stage in stages}
+    users, strata, targets = [], [], []
+    num_negatives = None
     for block in batches:
-        batch = block.batch
-        states = backbone.hidden(batch.values, batch.offsets)[batch.offsets[1:] - 1]
-        args = (block.targets, block.history, block.history_offsets)
-        plain.append(target_ranks(backbone.scores(states), *args))
-        if pinet is not None:
-            adapted = pinet.adapt(states, batch.strata.users)
-            headed.append(target_ranks(backbone.scores(adapted), *args))
+        batch, candidates = block.batch, None
+        if block.negatives is not None:
+            candidates = torch.cat([block.targets.unsqueeze(1), block.negatives], 1)
+            num_negatives = block.negatives.shape[1]
+        states = backbone.serving_states(batch, candidates)
+        for stage in stages:
+            if stage == "heads":
+                assert pinet is not None
+                states = pinet.adapt(states, batch.strata.users)
+            found = backbone.serving_scores(states, candidates)
+            if candidates is not None:
+                ranks[stage].append(candidate_ranks(found))
+                scores[stage].append(found.float())
+            else:
+                args = (block.targets, block.history, block.history_offsets)
+                ranks[stage].append(target_ranks(found, *args))
         users.append(block.users)
         strata.append(block.strata_ids)
+        targets.append(block.targets)
         on_batch(len(block.users))
     return Ranking(
-        _joined(users), _joined(strata), _joined(plain), _joined(headed) if headed else None
+        _joined(users),
+        _joined(strata),
+        _joined(ranks["backbone"]),
+        None if pinet is None else _joined(ranks["heads"]),
+        _joined(targets),
+        num_negatives,
+        {} if num_negatives is None else {name: _candidates(scores[name]) for name in stages},
     )
+
+
+def _candidates(parts: list[Tensor]) -> CandidateScores:
+    joined = torch.cat(parts).cpu().numpy()
+    return CandidateScores(joined[:, 0], joined[:, 1:])
 
 
 def _joined(parts: list[Tensor]) -> npt.NDArray[np.int64]:

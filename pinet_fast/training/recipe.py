@@ -6,32 +6,39 @@ import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import pinet_fast
 from pinet_fast.aggregation import GradientAggregator
-from pinet_fast.data import (
-    RaggedLoader,
-    evaluation_batches,
-)
+from pinet_fast.data import RaggedLoader, evaluation_batches
 from pinet_fast.errors import CheckpointError, ConfigError, TrainingInterrupted
-from pinet_fast.heads import PluginHeads
-from pinet_fast.models import PINet, SASRec
-from pinet_fast.training.batches import negatives_of, sampler_of
+from pinet_fast.heads import make_heads
+from pinet_fast.models import PINet
+from pinet_fast.training.batches import frozen_negatives_of, negatives_of, sampler_of
+from pinet_fast.training.building import backbone_of
 from pinet_fast.training.checkpoint import load_checkpoint, save_checkpoint, seed_everything
-from pinet_fast.training.config import RunConfig
+from pinet_fast.training.config import CANDIDATE_MODELS, RunConfig
 from pinet_fast.training.evaluate import Ranking, rank_targets
 from pinet_fast.training.inputs import Inputs, load_inputs
 from pinet_fast.training.interrupt import StopRequest
-from pinet_fast.training.metrics import by_stratum
 from pinet_fast.training.observer import Observer
 from pinet_fast.training.records import data_facts, step_record, strata_facts
+from pinet_fast.training.results import Results
 from pinet_fast.training.run_folder import RunFolder, RunLog
-from pinet_fast.training.stages import HeadStage, Stage, epoch_scores
+from pinet_fast.training.stages import HeadStage, Stage, epoch_scores, watched_stratum
+from pinet_fast.training.tensorboard import TensorBoardLog, summary_writer
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pinet_fast.data import EvaluationBatch
+    from pinet_fast.data.splits import Part
+
+_PARTS: tuple[Part, ...] = ("valid", "test")
 _EVALUATION_USERS = 512  # a block of scores is [users, V + 1]: 25 MB at V = 12,000
+_EVALUATION_PAIRS = 4096  # users times candidates, where each looks back on the history itself
 
 
 def train(
@@ -40,6 +47,7 @@ def train(
     *,
     resume: bool = False,
     observer: Observer | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train, evaluate, and leave a run folder.
 
@@ -49,6 +57,7 @@ def train(
         resume: Go on from the folder's checkpoint; the outcome is bit for bit that of a run that
             was never interrupted.
         observer: Told of the progress.
+        tensorboard: Whether events for TensorBoard go into the folder's ``tensorboard``.
 
     Returns:
         The content of metrics.json.
@@ -59,19 +68,23 @@ def train(
     """
     observer = observer or Observer()
     folder = RunFolder(Path(out))
+    events = None
+    if tensorboard:
+        summary_writer()  # before anything is made
+        events = TensorBoardLog
     if resume:
         config = RunConfig.load(folder.config)
         state = load_checkpoint(folder.checkpoint)
         recipe = Recipe(config, load_inputs(config, observer), folder, observer)
         recipe.restore(state)
-        return recipe.run()
+        return recipe.run(events)
     if config is None:
         raise ConfigError("train: a config is needed unless resume=True")
     with folder.creating():
         recipe = Recipe(config, load_inputs(config, observer), folder, observer)
         folder.write_config(config)
         recipe.save(log_bytes=0)
-    return recipe.run()
+    return recipe.run(events)
 
 
 class Recipe:
@@ -94,15 +107,7 @@ class Recipe:
         self.inputs = inputs
         self.folder = folder
         self.observer = observer
-        self.backbone = SASRec(
-            inputs.store.num_items,
-            max_len=config.max_len,
-            dim=config.dim,
-            num_blocks=config.blocks,
-            num_heads=config.attention_heads,
-            dropout=config.dropout,
-            loss=config.loss,  # type: ignore[arg-type] # checked by RunConfig
-        )
+        self.backbone: Any = backbone_of(config, inputs.store)  # a Backbone and a Module
         self.stage1 = Stage(
             "backbone",
             module=self.backbone,
@@ -116,6 +121,7 @@ class Recipe:
             epochs=config.epochs,
             patience=config.patience,
             is_weighted=config.weights == "population",
+            watched=watched_stratum(config, inputs.strata),
         )
         self.pinet: PINet | None = None
         self.stage2: HeadStage | None = None
@@ -129,7 +135,8 @@ class Recipe:
             split=inputs.split,
             strata=inputs.strata,
             max_len=config.max_len,
-            targets="next",
+            targets=config.targets,  # type: ignore[arg-type] # checked by RunConfig
+            crop="tail" if config.targets == "next" else "prefix",
             negatives=negatives_of(config),
             seed=seed,
         )
@@ -137,7 +144,7 @@ class Recipe:
     def _begin_heads(self) -> HeadStage:
         """Freeze the backbone and put untrained heads on it."""
         config = self.config
-        heads = PluginHeads(self.inputs.strata.num_strata, config.dim)
+        heads = make_heads(config.head, self.inputs.strata.num_strata, self.backbone.state_dim)
         self.pinet = PINet(self.backbone, heads, self.inputs.strata.edges)
         # Constant weights: each head gets gradient from its own stratum alone, so any would do.
         optimizer = GradientAggregator(
@@ -188,9 +195,14 @@ class Recipe:
 
     # Training -----------------------------------------------------------------------------------
 
-    def run(self) -> dict[str, Any]:
-        """Run what is left of both stages, evaluate, and write the results."""
-        with StopRequest() as stop, RunLog(self.folder.log, keep=self._log_bytes) as log:
+    def run(self, events: type[TensorBoardLog] | None = None) -> dict[str, Any]:
+        """Run what is left of both stages, evaluate, and write the results.
+
+        Args:
+            events: Where records go besides log.jsonl.
+        """
+        also = None if events is None else events(self.folder.events)
+        with StopRequest() as stop, RunLog(self.folder.log, self._log_bytes, also) as log:
             stage2 = self.stage2
             if stage2 is None:
                 self._run_stage(self.stage1, log, stop)
@@ -261,55 +273,50 @@ class Recipe:
         self.save(log.size())
         self.observer.epoch_done(record)
 
-    def _rank(self, part: str) -> Ranking:
+    def _rank(self, part: Part) -> Ranking:
         inputs = self.inputs
-        users = len(inputs.split.holdout(inputs.store, part)[0])  # type: ignore[arg-type]
+        users = len(inputs.split.holdout(inputs.store, part)[0])
         self.observer.evaluation_started(part, users)
         self.backbone.eval()
-        batches = evaluation_batches(
-            inputs.store,
-            split=inputs.split,
-            strata=inputs.strata,
-            part=part,  # type: ignore[arg-type]
-            max_len=self.config.max_len,
-            batch_size=_EVALUATION_USERS,
-        )
         ranking = rank_targets(
-            self.backbone, self.pinet, batches, self.observer.evaluation_advanced
+            self.backbone, self.pinet, self._blocks(part), self.observer.evaluation_advanced
         )
         self.observer.evaluation_ended()
         return ranking
 
+    def _blocks(self, part: Part) -> Iterator[EvaluationBatch]:
+        config, inputs = self.config, self.inputs
+        users = _EVALUATION_USERS
+        if config.model in CANDIDATE_MODELS:
+            users = max(_EVALUATION_PAIRS // (config.eval_negatives + 1), 1)
+        return evaluation_batches(
+            inputs.store,
+            split=inputs.split,
+            strata=inputs.strata,
+            part=part,
+            max_len=config.max_len,
+            batch_size=users,
+            negatives=frozen_negatives_of(config, inputs, part),
+        )
+
     # Results ------------------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
-        store, strata = self.inputs.store, self.inputs.strata
-        parts: dict[str, Any] = {}
-        for part in ("valid", "test"):
-            ranking = self._rank(part)
-            args = (ranking.strata, strata.num_strata)
-            parts[part] = {
-                "backbone": by_stratum(ranking.backbone, *args),
-                "heads": None if ranking.heads is None else by_stratum(ranking.heads, *args),
-            }
-        ranks = {
-            "users": store.user_ids[ranking.users],
-            "strata": ranking.strata,
-            "activeness": strata.activeness[ranking.users],
-            "backbone": ranking.backbone,
-        }
-        if ranking.heads is not None:
-            ranks["heads"] = ranking.heads
+        results = Results(self.inputs, {part: self._rank(part) for part in _PARTS})
         metrics = {
             "schema": 1,
             "name": self.folder.path.resolve().name,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": self.config.to_dict(),
-            "data": data_facts(store),
-            "strata": strata_facts(strata),
-            "stages": {"backbone": self._stage_facts(self.stage1), "heads": None},
+            "data": data_facts(self.inputs.store),
+            "strata": strata_facts(self.inputs.strata),
+            "stages": {
+                "backbone": self._stage_facts(self.stage1),
+                "heads": None if self.stage2 is None else self._stage_facts(self.stage2),
+            },
             "final": "backbone" if self.stage2 is None else "heads",
-            **parts,
+            **results.metrics(),
+            "baselines": results.baselines(self._blocks("test")),
             "coverage": str(self.stage1.optimizer.coverage()).splitlines(),
             "versions": {
                 "pinet_fast": pinet_fast.__version__,
@@ -317,9 +324,7 @@ class Recipe:
                 "python": platform.python_version(),
             },
         }
-        if self.stage2 is not None:
-            metrics["stages"]["heads"] = self._stage_facts(self.stage2)
-        self.folder.write_ranks(**ranks)
+        self.folder.write_ranks(**results.ranks())
         self.folder.write_metrics(metrics)
         return metrics
 

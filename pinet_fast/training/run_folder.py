@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from pinet_fast.training.config import RunConfig
+    from pinet_fast.training.tensorboard import TensorBoardLog
 
 
 class RunFolder:
@@ -40,6 +41,7 @@ class RunFolder:
         self.metrics_csv = path / "metrics.csv"
         self.ranks = path / "test_ranks.npz"
         self.report = path / "report.html"
+        self.events = path / "tensorboard"
 
     @contextlib.contextmanager
     def creating(self) -> Iterator[None]:
@@ -96,17 +98,21 @@ class RunLog:
     Args:
         path: The file.
         keep: Bytes to keep of an existing file.
+        also: Written to as well, and closed with it.
     """
 
-    def __init__(self, path: Path, keep: int = 0) -> None:
+    def __init__(self, path: Path, keep: int = 0, also: TensorBoardLog | None = None) -> None:
         mode = "r+b" if path.exists() else "w+b"
         self._file = path.open(mode)
+        self._also = also
         self._file.truncate(keep)
         self._file.seek(keep)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record."""
         self._file.write(json.dumps(_finite(record)).encode() + b"\n")
+        if self._also is not None:
+            self._also.write(record)
 
     def size(self) -> int:
         """Flush, and return the bytes written so far."""
@@ -123,6 +129,8 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+        if self._also is not None:
+            self._also.close()
 
 
 def replace_file(path: Path, content: bytes) -> None:

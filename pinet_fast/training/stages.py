@@ -1,9 +1,10 @@
 """The two stages of the recipe: the shared backbone, then plugin heads on it.
 
 Both run the same loop; they differ in what is trained and in which epoch is kept. Stage 1 keeps the
-epoch with the best validation NDCG@10 over all users. Stage 2 keeps, for each stratum apart, the
-epoch best for its users; untrained heads, which are the identity, take part as epoch 0, so that a
-head that does not help is not used.
+epoch with the best validation NDCG@10 (GAUC where targets are ranked among negatives) over all
+users, or over the stratum that is watched. Stage 2 keeps, for each stratum apart, the epoch best
+for its users; untrained heads, which are the identity, take part as epoch 0, so that a head that
+does not help is not used.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from pinet_fast.aggregation.strata_index import repeat_rows
+from pinet_fast.errors import ConfigError
 from pinet_fast.training.metrics import mean_metric
 
 if TYPE_CHECKING:
     import numpy as np
 
     from pinet_fast.aggregation import GradientAggregator
-    from pinet_fast.data import RaggedBatch, RaggedLoader
+    from pinet_fast.data import RaggedBatch, RaggedLoader, Strata
     from pinet_fast.models import PINet
+    from pinet_fast.training.config import RunConfig
     from pinet_fast.training.evaluate import Ranking
 
 
@@ -51,6 +54,7 @@ class Stage:
         epochs: int,
         patience: int = 0,
         is_weighted: bool = True,
+        watched: int | None = None,
     ) -> None:
         self.name = name
         self.module = module
@@ -60,6 +64,7 @@ class Stage:
         self.epochs = epochs
         self.patience = patience
         self.is_weighted = is_weighted
+        self.watched = watched
         self.epoch = 0  # epochs completed
         self.step = 0
         self.seconds = 0.0
@@ -92,14 +97,19 @@ class Stage:
         return loss_sum / int(losses.numel())
 
     def _row_weights(self, batch: RaggedBatch) -> Tensor | None:
-        """Return the weight of every event, that of its user, or None where all are 1."""
+        """Return the weight of every loss, that of its user, or None where all are 1."""
         if batch.weights is None or not self.is_weighted:
             return None
+        if batch.targets is not None and len(batch.targets) == batch.num_users:
+            return batch.weights
         return repeat_rows(batch.weights, batch.lengths)
 
     def scores(self, ranking: Ranking) -> list[float]:
         """Return what decides which epoch is kept, one number a separately kept part."""
-        return [mean_metric(ranking.backbone)]
+        ranks = ranking.backbone
+        if self.watched is not None:
+            ranks = ranks[ranking.strata == self.watched]
+        return [ranking.quality(ranks)]
 
     def keep(self, part: int) -> None:
         """Keep the present parameters of a part."""
@@ -155,9 +165,10 @@ class HeadStage(Stage):
         self.num_strata = pinet.heads.num_strata
 
     def scores(self, ranking: Ranking) -> list[float]:
-        """Return the validation NDCG@10 of every stratum under the heads."""
+        """Return what decides the epoch of every stratum's head."""
         assert ranking.heads is not None
-        return [mean_metric(ranking.heads[ranking.strata == s]) for s in range(self.num_strata)]
+        strata = range(self.num_strata)
+        return [ranking.quality(ranking.heads[ranking.strata == s]) for s in strata]
 
     @torch.no_grad()
     def keep(self, part: int) -> None:
@@ -178,3 +189,19 @@ def epoch_scores(ranking: Ranking, num_strata: int, use_heads: bool) -> dict[str
 
     strata = [group(ranks[ranking.strata == s]) for s in range(num_strata)]
     return {"overall": group(ranks), "strata": strata}
+
+
+def watched_stratum(config: RunConfig, strata: Strata) -> int | None:
+    """Return the stratum of ``--stop-on``, or None for all users.
+
+    Raises:
+        ConfigError: No stratum has that name.
+    """
+    if config.stop_on == "overall":
+        return None
+    if config.stop_on not in strata.names:
+        raise ConfigError(
+            f"--stop-on: expected overall or one of {', '.join(strata.names)}; got "
+            f"{config.stop_on!r}"
+        )
+    return strata.names.index(config.stop_on)

@@ -24,7 +24,7 @@ def ragged_batch(
 ) -> RaggedBatch:
     """Return a batch of random events for users of the given strata and lengths."""
     generator = torch.Generator().manual_seed(seed)
-    size = torch.tensor(list(lengths))
+    size = torch.tensor(list(lengths), dtype=torch.int64)
     num_events = int(size.sum())
 
     def items(*shape: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def ragged_batch(
     return RaggedBatch(
         values=items(num_events),
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), size.cumsum(0)]),
-        strata=StrataIndex(torch.tensor(list(strata)), num_strata, size),
+        strata=StrataIndex(torch.tensor(list(strata), dtype=torch.int64), num_strata, size),
         users=torch.arange(len(size)),
         targets=items(num_events),
         negatives=items(num_events, num_negatives),
