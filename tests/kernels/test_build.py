@@ -22,6 +22,12 @@ assert k.stratum_sums(grads[0], torch.tensor([0, 0]), 1, backend={backend!r}).to
 norm = [torch.ones(2, 2), grads[0], torch.tensor([1.5, 1.5]), torch.tensor([2., 2.]), None]
 norm = k.stratified_norm_backward(*norm, torch.tensor([1, 0]), 2, backend={backend!r})
 assert norm[1].tolist() == [[1, -1], [-1, 1]]
+heads = k.routed_linear(grads[0], torch.ones(2, 1, 2), None, torch.tensor([0, 1]), (0, 1, 2),
+                        backend={backend!r})
+assert heads.tolist() == [[3], [3]]
+qkv = torch.ones(2, 3, 1, 4)
+attended = k.ragged_attention(qkv, torch.tensor([0, 2]), backend={backend!r})
+assert attended.tolist() == [[[1] * 4]] * 2
 print(gram.tolist(), weights.tolist(), out.tolist())
 """
 RESULT = "[[[5.0, 4.0], [4.0, 5.0]]] [0.5, 0.5] [1.5, 1.5]"
@@ -92,7 +98,8 @@ def test_wheel_without_a_compiler_holds_the_kernels_and_no_library(sources, tmp_
     names = wheel.namelist()
     assert "no C++ compiler was found" in log
     ops = {"stratum_gram", "stratum_solve", "stratum_combine", "stratum_sums"}
-    for op in ops | {"stratified_norm", "stratified_embedding"}:
+    ops |= {"stratified_norm", "stratified_embedding", "routed_linear", "ragged_attention"}
+    for op in ops:
         assert f"pinet_fast/kernels/{op}/op.py" in names
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
     if has_compiler():  # installed later, and the build folder still there
