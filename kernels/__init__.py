@@ -4,6 +4,7 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 """
 
 from ._registry import backend_status, describe_status, explain
+from .ragged_attention import ragged_attention
 from .routed_linear import routed_linear
 from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
 from .stratified_linear import stratified_linear_backward
@@ -17,6 +18,7 @@ __all__ = [
     "backend_status",
     "describe_status",
     "explain",
+    "ragged_attention",
     "routed_linear",
     "stratified_embedding_add",
     "stratified_embedding_reduce",

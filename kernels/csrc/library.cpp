@@ -25,6 +25,12 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
       " Tensor sorted_rows, int[] row_offsets, Tensor ids, Tensor(a!)? grad_rows,"
       " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def(
+      "ragged_attention(Tensor qkv, Tensor offsets, float dropout, int seed, Tensor(a!) out,"
+      " Tensor(b!) lse) -> ()");
+  m.def(
+      "ragged_attention_backward(Tensor grad, Tensor qkv, Tensor offsets, float dropout, int seed,"
+      " Tensor out, Tensor lse, Tensor(a!) grad_qkv) -> ()");
+  m.def(
       "routed_linear(Tensor rows, Tensor weight, Tensor? bias, int[] row_offsets, Tensor(a!) out)"
       " -> ()");
   m.def("stratum_sums(Tensor rows, Tensor ids, Tensor(a!) out) -> ()");

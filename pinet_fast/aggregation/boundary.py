@@ -19,7 +19,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pinet_fast.aggregation.rows import row_tensor
-from pinet_fast.kernels import stratified_linear_backward, stratified_norm_backward
+from pinet_fast.kernels import (
+    stratified_linear_backward,
+    stratified_norm_backward,
+    stratum_sums,
+)
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
@@ -202,8 +206,11 @@ class StratifiedBroadcast(torch.autograd.Function):
             rows, parameter, _ = ctx.saved_tensors
             grad_rows, product = grad * parameter, grad * rows
         rows_shape, shape = ctx.shapes
-        parts = ctx.groups.split(product.movedim(ctx.layout.dim, 0))
-        sums = torch.stack([_sum_to(part.movedim(0, ctx.layout.dim), shape) for part in parts])
+        if ctx.layout.dim == 0 and product.dim() == 2 and shape == product.shape[1:]:
+            sums = stratum_sums(product, ctx.groups.ids, ctx.groups.num_strata)
+        else:
+            parts = ctx.groups.split(product.movedim(ctx.layout.dim, 0))
+            sums = torch.stack([_sum_to(part.movedim(0, ctx.layout.dim), shape) for part in parts])
         for_rows = _sum_to(grad_rows, rows_shape) if ctx.needs_input_grad[0] else None
         return for_rows, None, sums, None, None, None, None
 

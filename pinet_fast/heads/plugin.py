@@ -64,4 +64,5 @@ class PluginHeads(nn.Module):
             )
         routes = (groups.ids, groups.offsets, groups.order)
         inner = F.gelu(routed_linear(rows, self.down_weight, self.down_bias, *routes))
-        return rows + routed_linear(inner, self.up_weight, self.up_bias, *routes)
+        out: Tensor = rows + routed_linear(inner, self.up_weight, self.up_bias, *routes)
+        return out

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import ConfigError
+from pinet_fast.kernels import ragged_attention
 from pinet_fast.models.dropout import Dropout
-from pinet_fast.models.ragged_attention import AttentionPlan, ragged_attention
 
 if TYPE_CHECKING:
     from pinet_fast.data.batch import RaggedBatch
@@ -108,9 +108,8 @@ class SASRec(nn.Module):
         from_end = repeat_rows(offsets[1:], lengths) - 1 - event
         x = self.items(values) * self.dim**0.5 + self.positions(from_end)
         x = self.dropout(x)
-        plan = AttentionPlan.from_offsets(offsets)
         for block in self.blocks:
-            x = block(x, plan)
+            x = block(x, offsets, self.max_len)
         out: Tensor = self.norm(x)
         return out
 
@@ -173,12 +172,13 @@ class _Block(nn.Module):
         self.down = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
+    def forward(self, x: Tensor, offsets: Tensor, max_len: int) -> Tensor:
         num_events, dim = x.shape
         qkv = self.qkv(self.attention_norm(x))
         qkv = qkv.view(num_events, 3, self.num_heads, dim // self.num_heads)
         rate = self.dropout.p if self.training else 0.0
-        attended = ragged_attention(qkv, plan, rate).reshape(num_events, dim)
+        attended = ragged_attention(qkv, offsets, dropout=rate, max_len=max_len)
+        attended = attended.view(num_events, dim)
         x = x + self.dropout(self.out(attended))
         inner = self.dropout(F.relu(self.up(self.feed_norm(x))))
         out: Tensor = x + self.dropout(self.down(inner))

@@ -4,47 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.batches import ragged_batch
-from torch import Tensor
 
 from pinet_fast.errors import ConfigError
 from pinet_fast.models import SASRec
-from pinet_fast.models.ragged_attention import AttentionPlan, ragged_attention
-
-
-def plain_attention(qkv: Tensor, offsets: Tensor) -> Tensor:
-    """Causal attention one user and one head at a time, as the formula says."""
-    out = torch.empty_like(qkv[:, 0])
-    for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        for head in range(qkv.shape[2]):
-            q, k, v = qkv[a:b, :, head].unbind(1)
-            scores = q @ k.T / q.shape[1] ** 0.5
-            mask = torch.ones(b - a, b - a, dtype=torch.bool).triu(1)
-            out[a:b, head] = torch.softmax(scores.masked_fill(mask, -torch.inf), 1) @ v
-    return out
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
-    heads=st.integers(1, 3),
-    width=st.integers(1, 5),
-)
-def test_ragged_attention_is_attention_user_by_user(
-    lengths: list[int], heads: int, width: int
-) -> None:
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    qkv = torch.randn(int(offsets[-1]), 3, heads, width, dtype=torch.float64, requires_grad=True)
-    got = ragged_attention(qkv, AttentionPlan.from_offsets(offsets))
-    expected = plain_attention(qkv, offsets)
-    torch.testing.assert_close(got, expected)
-    if len(got):
-        weight = torch.randn_like(got)
-        mine = torch.autograd.grad(got, qkv, weight)[0]
-        theirs = torch.autograd.grad(expected, qkv, weight)[0]
-        torch.testing.assert_close(mine, theirs)
 
 
 def model(loss: str = "ce", **options: object) -> SASRec:
