@@ -64,8 +64,9 @@ class NextItem(nn.Module):
             x = block(x)
         x = self.last(x)
         if self.gate is not None:
-            scores = F.linear(x * self.gate, self.items.weight)
-            return F.cross_entropy(scores.float().transpose(1, 2), targets, reduction="none")
+            scores = F.linear(x.flatten(0, 1) * self.gate, self.items.weight)
+            losses = F.cross_entropy(scores.float(), targets.flatten(), reduction="none")
+            return losses.view(ids.shape)
         good = (x * self.items(targets)).sum(-1)
         bad = (x * self.items(negatives)).sum(-1)
         return F.softplus(-good.float()) + F.softplus(bad.float())
