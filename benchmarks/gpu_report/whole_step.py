@@ -197,7 +197,8 @@ def _micro_batches(model: NextItem, num_strata: int) -> Callable[[Batch], None]:
     def run(batch: Batch) -> None:
         grads = []
         for s in range(num_strata):
-            part = batch.of(torch.arange(s, len(batch.strata), num_strata))
+            users = torch.arange(s, len(batch.strata), num_strata, device=batch.strata.device)
+            part = batch.of(users)
             losses = model(part.ids, part.targets, part.negatives)
             grads.append(torch.autograd.grad(losses.mean(), list(model.parameters())))
         _mean_of(model, opt, grads)
