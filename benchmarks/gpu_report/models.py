@@ -43,15 +43,18 @@ class Block(nn.Module):
 
 
 class NextItem(nn.Module):
-    """One loss a user and position: BCE with one negative (SASRec), or CE by the tied table."""
+    """One loss a user and position: BCE with one negative (SASRec), or CE by the tied table.
+
+    The second has a gate on its states too, as a parameter that rows are multiplied by.
+    """
 
     def __init__(self, size: Size, loss: str) -> None:
         super().__init__()
-        self.loss = loss
         self.items = nn.Embedding(size.items, size.dim, padding_idx=0)
         self.positions = nn.Embedding(size.length, size.dim)
         self.blocks = nn.ModuleList(Block(size.dim) for _ in range(size.blocks))
         self.last = nn.LayerNorm(size.dim)
+        self.gate = nn.Parameter(torch.ones(size.dim)) if loss == "ce" else None
 
     def forward(self, ids: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
         """Return losses [B, L]."""
@@ -60,9 +63,10 @@ class NextItem(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.last(x)
-        if self.loss == "ce":
-            scores = F.linear(x, self.items.weight)
-            return F.cross_entropy(scores.float().transpose(1, 2), targets, reduction="none")
+        if self.gate is not None:
+            scores = F.linear(x.flatten(0, 1) * self.gate, self.items.weight)
+            losses = F.cross_entropy(scores.float(), targets.flatten(), reduction="none")
+            return losses.view(ids.shape)
         good = (x * self.items(targets)).sum(-1)
         bad = (x * self.items(negatives)).sum(-1)
         return F.softplus(-good.float()) + F.softplus(bad.float())

@@ -25,7 +25,10 @@ OPS = (
     "stratified_linear_backward", "stratified_norm_backward", "stratum_gram", "stratum_solve",
     "stratum_combine",
 )  # fmt: skip
-LOOKUPS = {"bce": "stratified_embedding_reduce", "ce": "stratified_embedding_add"}
+OPS_OF_LOSS = {
+    "bce": ("stratified_embedding_reduce",),
+    "ce": ("stratified_embedding_add", "stratum_sums"),  # a dense table, and a gate
+}
 TINY = Size(users=9, length=5, dim=8, items=20, blocks=1)
 
 
@@ -60,7 +63,7 @@ def check_against_autograd(
     """Run one whole step with the backend forced; return errors and calls of every op."""
     model = make_model(size, loss, setting)
     batch = make_batch(size, num_strata, setting, seed=1)
-    ops = (*OPS, LOOKUPS[loss])
+    ops = (*OPS, *OPS_OF_LOSS[loss])
     before = {op: _registry.num_calls(op, setting.backend) for op in ops}
     opt = GradientAggregator(torch.optim.SGD(model.parameters(), lr=0.0), rule)
     with forced(setting.backend):
@@ -194,7 +197,8 @@ def _micro_batches(model: NextItem, num_strata: int) -> Callable[[Batch], None]:
     def run(batch: Batch) -> None:
         grads = []
         for s in range(num_strata):
-            part = batch.of(torch.arange(s, len(batch.strata), num_strata))
+            users = torch.arange(s, len(batch.strata), num_strata, device=batch.strata.device)
+            part = batch.of(users)
             losses = model(part.ids, part.targets, part.negatives)
             grads.append(torch.autograd.grad(losses.mean(), list(model.parameters())))
         _mean_of(model, opt, grads)

@@ -121,7 +121,9 @@ def _check(qkv: Tensor, offsets: Tensor, dropout: float, seed: Tensor | None) ->
             )
 
 
-_registry.register("ragged_attention", [_cpp.FORWARD, reference.FORWARD])
+_registry.register(
+    "ragged_attention", [_cpp.FORWARD, reference.FORWARD], lambda qkv, offsets: (qkv,)
+)
 _registry.register("ragged_attention_backward", [_cpp.BACKWARD, reference.BACKWARD])
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]

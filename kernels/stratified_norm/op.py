@@ -159,7 +159,9 @@ def _triton_supports(
         return reason
     if num_strata > _MAX_TRITON_STRATA:
         return f"{num_strata} strata are more than {_MAX_TRITON_STRATA}"
-    is_double = any(x is not None and x.dtype is torch.float64 for x in (grad, rows, mean, weight))
+    is_double = any(
+        x is not None and x.dtype is torch.float64 for x in (grad, rows, mean, rstd, weight)
+    )
     longest = _MAX_TRITON_BYTES // (8 if is_double else 4)
     if rows.shape[1] > longest:
         return f"rows of {rows.shape[1]} numbers are longer than {longest}"

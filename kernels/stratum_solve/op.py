@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 RULES = ("agreement", "balanced", "mgda", "pcgrad", "imtlg", "alignedmtl", "cagrad")
 """The rules of this op; ``csrc/stratum_solve.h`` numbers them in this order."""
 
-_TRITON_RULES = ("agreement", "balanced", "mgda")
 _MAX_TRITON_STRATA = 32
 
 
@@ -128,8 +127,6 @@ def _check(gram: Tensor, rule: str, present: list[bool], c: float, keys: Tensor 
 def _triton_supports(gram: Tensor, rule: str) -> str | None:
     if reason := _tl.device_refusal(gram.device):
         return reason
-    if rule not in _TRITON_RULES:
-        return f"no Triton kernel for {rule} (there is one for {', '.join(_TRITON_RULES)})"
     if gram.shape[-1] > _MAX_TRITON_STRATA:
         return f"{gram.shape[-1]} strata are more than {_MAX_TRITON_STRATA}"
     return None
@@ -141,7 +138,7 @@ def _run_triton(
     # Triton is imported by the first call that needs it.
     from . import _triton
 
-    _triton.run(gram, rule, kept, out)  # type: ignore[no-untyped-call]
+    _triton.run(gram, rule, kept, c, keys, out)  # type: ignore[no-untyped-call]
 
 
 _TRITON = _registry.Backend(

@@ -33,8 +33,9 @@ def pointer(dtype):
 
 
 def compile_kernel(
-    kernel, pointers, scalars, arch=90, integers=(), divisible=(), num_warps=4, num_stages=3
-):
+    kernel, pointers, scalars, arch=90, integers=(), divisible=(), num_warps=4, num_stages=3,
+    maxnreg=None,
+):  # fmt: skip
     """Compile a kernel for ``sm_<arch>``.
 
     Pointers are aligned to 16 bytes, ``integers`` are i64, ``divisible`` i32 and multiples of 16,
@@ -53,7 +54,7 @@ def compile_kernel(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *divisible)},
     )
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -24,12 +24,12 @@ def passed(interpreted):
 def assert_step_is_exact(loss, rule, num_strata):
     """Check ``p.grad`` against autograd and the reference's weights, and that every op ran."""
     from benchmarks.gpu_report.setting import Setting
-    from benchmarks.gpu_report.whole_step import LOOKUPS, OPS, TINY, check_against_autograd
+    from benchmarks.gpu_report.whole_step import OPS, OPS_OF_LOSS, TINY, check_against_autograd
 
     setting = Setting(torch.device("cpu"), "triton", True, float("inf"))
     row = check_against_autograd(loss, rule, TINY, num_strata, setting)
     assert row["error"] <= TOLERANCE, row
-    assert set(row["calls"]) == {*OPS, LOOKUPS[loss]}
+    assert set(row["calls"]) == {*OPS, *OPS_OF_LOSS[loss]}
     assert all(count >= 1 for count in row["calls"].values()), row
 
 

@@ -9,20 +9,16 @@ import sys
 
 import pytest
 
+RULES = ("agreement", "balanced", "mgda", "pcgrad", "imtlg", "alignedmtl", "cagrad")
 CASES = [
-    *((90, rule, strata) for rule in ("agreement", "balanced", "mgda") for strata in (2, 8, 16)),
+    *((90, rule, strata) for rule in RULES for strata in (2, 16)),
     (90, "mgda", 32),
     (80, "mgda", 8),
     (100, "mgda", 8),
 ]
-EVERY = [
-    (arch, rule, strata)
-    for arch in (80, 90, 100)
-    for rule in ("agreement", "balanced", "mgda")
-    for strata in (8, 32)
-]
+EVERY = [(arch, rule, strata) for arch in (80, 90, 100) for rule in RULES for strata in (8, 32)]
 MAX_REGISTERS = 255  # one warp a block: registers do not limit anything but spilling
-MAX_SHARED_BYTES = 8192
+MAX_SHARED_BYTES = 16384
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +45,12 @@ def compile_case(case):
     arch, rule, strata = case
     return compile_kernel(
         _triton._stratum_solve_kernel,
-        {"out_ptr": "*fp64", "gram_ptr": "*fp64"},
-        _triton.launch_options(rule, strata),
+        {"out_ptr": "*fp64", "gram_ptr": "*fp64", "keys_ptr": "*fp64"},
+        _triton.launch_options(rule, strata, has_keys=rule == "pcgrad"),
         arch,
         integers=("mask", "count"),
         num_warps=_triton.num_warps(strata),
+        maxnreg=_triton.MAX_REGISTERS,
     )
 
 
