@@ -108,7 +108,8 @@ def _move(typing: Any, source: Any, i: Any, target: Any, j: Any) -> Any:
 def _ask_window(items: Array, starts: Array, ends: Array, b: int) -> None:
     # A second request for a line is cheaper than a branch that cannot be foreseen. Few windows have
     # more lines, but the hardware needs several misses before it follows a run by itself.
-    place, last, step = starts[b], ends[b] - 1, _LINE // items.itemsize
+    place, last = starts[np.uint64(b)], ends[np.uint64(b)] - 1
+    step = _LINE // items.itemsize
     for line in range(_ALWAYS):
         _ask(items, min(place + line * step, last))
     place += _ALWAYS * step
@@ -126,7 +127,8 @@ def _gather(items: Array, starts: Array, ends: Array, offsets: Array, out: Array
     for b in range(num):
         if b + VALUE_AHEAD < num:
             _ask_window(items, starts, ends, b + VALUE_AHEAD)
-        i, j, end = starts[b], offsets[b], ends[b]
+        u = np.uint64(b)  # Numba makes a negative one count from the end, at a cost in every round
+        i, j, end = starts[u], offsets[u], ends[u]
         # A chunk may reach past the window: the next user overwrites what it wrote there.
         stop = min(end, items.shape[0] - CHUNK + 1, i + out.shape[0] - j - CHUNK + 1)
         while i < stop:
@@ -134,7 +136,7 @@ def _gather(items: Array, starts: Array, ends: Array, offsets: Array, out: Array
             i += CHUNK
             j += CHUNK
         while i < end:
-            out[j] = items[i]
+            out[np.uint64(j)] = items[np.uint64(i)]
             i += 1
             j += 1
 
@@ -149,7 +151,8 @@ def _gather_next(
     for b in range(num):
         if b + VALUE_AHEAD < num:
             _ask_window(items, starts, ends, b + VALUE_AHEAD)
-        i, j, end = starts[b], offsets[b], ends[b] - 1
+        u = np.uint64(b)
+        i, j, end = starts[u], offsets[u], ends[u] - 1
         stop = min(end, items.shape[0] - CHUNK, i + values.shape[0] - j - CHUNK + 1)
         while i < stop:
             _move(items, i, values, j)
@@ -157,7 +160,8 @@ def _gather_next(
             i += CHUNK
             j += CHUNK
         while i < end:
-            values[j], targets[j] = items[i], items[i + 1]
+            values[np.uint64(j)] = items[np.uint64(i)]
+            targets[np.uint64(j)] = items[np.uint64(i + 1)]
             i += 1
             j += 1
 

@@ -113,7 +113,7 @@ def bad_logs(folder: Path) -> dict[str, Path]:
     tables = {
         "wrong columns": pa.table({"uid": users, "item": items}),
         "nulls": pa.table({"user": [1, None, 1, 2, 2, 2], "item": items}),
-        "negative ids": pa.table({"user": users, "item": [1, -2, 3, 1, 2, 3]}),
+        "ids for none": pa.table({"user": users, "item": [1, -1, 3, 1, 2, 3]}),
         "truth as ids": pa.table({"user": users, "item": [True, False] * 3}),
         "empty": pa.table({"user": pa.array([], pa.int64()), "item": pa.array([], pa.int64())}),
         "one event each": pa.table({"user": [1, 2, 3], "item": [1, 2, 3]}),
@@ -139,7 +139,7 @@ def bad_logs(folder: Path) -> dict[str, Path]:
         ("missing", "missing.parquet"),
         ("wrong columns", "--user-col"),
         ("nulls", "null"),
-        ("negative ids", "negative"),
+        ("ids for none", "ids other than -1"),
         ("truth as ids", "integer or string"),
         ("empty", "empty|no rows|0 rows"),
         ("one event each", "two training events|2 training events"),
