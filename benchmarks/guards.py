@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.harness.memory import allocations
 from pinet_fast import GradientAggregator, RaggedBatch, SASRec, StrataIndex
 
 if TYPE_CHECKING:
@@ -110,13 +111,7 @@ def counts(step: Callable[[], None]) -> dict[str, int]:
 def _counts(step: Callable[[], None]) -> dict[str, int]:
     with Dispatched() as dispatched:
         step()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        step()
-    # profiler.events() hands what an operator allocated to that operator; here each counts.
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    sizes = [size for size in sizes if size > 0]  # the others are memory given back
+    sizes = [size for size in allocations(step) if size > 0]
     return {
         "dispatched": dispatched.calls.total(),
         "syncs": dispatched.syncs,

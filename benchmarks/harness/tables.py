@@ -147,7 +147,30 @@ def _share(result: Result) -> str:
     return ""
 
 
-TABLES: dict[str, Callable[[Run], str]] = {"step": step, "peers": peers, "data": data}
+def scaling(run: Run) -> str:
+    """How cost and memory of an aggregated step grow with one size, the others at the base."""
+    rows = []
+    for name, points in run["curves"].items():
+        fits = run["exponents"][name]
+        ends = (
+            (points[0], points[-1]) if fits else (min(points, key=_ratio), max(points, key=_ratio))
+        )
+        powers = [f"{fits[key]:.2f}" if fits else "" for key in ("candidate_ms", "reference_ms")]
+        memory = "{:.2f} to {:.2f}".format(*(end["memory_ratio"] for end in ends))
+        rows.append([f"{name}: {ends[0]['x']} to {ends[1]['x']}", span(ends[0]), span(ends[1]),
+                     *powers, memory])  # fmt: skip
+    head = ["size", "time over plain, first", "last", "exponent", "exponent, plain", "memory"]
+    return grid(head, rows)
+
+
+def _ratio(point: Result) -> float:
+    return float(point["ratio"])
+
+
+TABLES: dict[str, Callable[[Run], str]] = {
+    "step": step, "peers": peers, "data": data, "scaling": scaling,
+}  # fmt: skip
+FILES = {"scaling": "scaling.json"}  # of tables that do not come from CPU
 
 
 # Documents ----------------------------------------------------------------------------------------
@@ -165,7 +188,8 @@ def table(name: str, folder: Path = RESULTS) -> str:
         ValueError: There is no such table, or nothing was measured for it.
     """
     kind, _, file = (part.strip() for part in name.partition(","))
-    run = read(file or CPU, folder)
+    file = file or FILES.get(kind, CPU)
+    run = read(file, folder)
     if kind.startswith("group "):
         body = group(run, kind.removeprefix("group "))
     elif kind in TABLES:
@@ -174,7 +198,7 @@ def table(name: str, folder: Path = RESULTS) -> str:
         known = ", ".join([*TABLES, "group NAME"])
         raise ValueError(f"table {name!r}: expected one of {known}")
     if body.count("\n") < 2:
-        raise ValueError(f"table {name!r}: {file or CPU} holds no result for it; run make bench")
+        raise ValueError(f"table {name!r}: {file} holds no result for it; run make bench")
     return f"{body}\n\n{caption(run)}\n"
 
 
