@@ -85,7 +85,7 @@ def test_compare_draws_and_refuses_other_protocols(
 def test_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("table", *(runs / n for n in ("joint", "own", "din")), "--csv", tmp_path / "t") == 0
     assert "SIMULATED" in capsys.readouterr().out
-    rows = list(csv.DictReader((tmp_path / "t").open()))
+    rows = list(csv.DictReader((tmp_path / "t").read_text().splitlines()))
     assert [(r["model"], r["runs"], r["simulated"]) for r in rows] == [
         ("sasrec", "1", "True"), ("sasrec", "1", "True"), ("din", "1", "True"),
     ]  # fmt: skip
