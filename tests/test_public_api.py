@@ -10,9 +10,10 @@ import pinet_fast
 
 PUBLIC = {
     "pinet_fast": [
-        "AggregationReport", "GradientAggregator", "Negatives", "PINet", "PluginHeads",
-        "RaggedBatch", "RaggedLoader", "RunConfig", "SASRec", "SequenceStore", "Split", "Strata",
-        "StrataIndex", "StratifiedBatchSampler", "__version__", "prepare", "rules", "train",
+        "AggregationReport", "DIN", "GRU4Rec", "GradientAggregator", "Negatives", "PINet",
+        "PluginHeads", "RaggedBatch", "RaggedLoader", "RunConfig", "SASRec", "SequenceStore",
+        "Split", "Strata", "StrataIndex", "StratifiedBatchSampler", "__version__", "prepare",
+        "register_head", "rules", "train",
     ],
     "pinet_fast.aggregation": [
         "AggregationReport", "GradientAggregator", "RowGroups", "StrataIndex",
@@ -23,8 +24,11 @@ PUBLIC = {
         "MGDA", "PCGrad", "Rule", "SignAgreement", "TrimmedMean", "Warmup", "by_name",
         "from_torchjd", "names",
     ],
-    "pinet_fast.heads": ["PluginHeads"],
-    "pinet_fast.models": ["Backbone", "PINet", "SASRec"],
+    "pinet_fast.heads": [
+        "GatedHeads", "Heads", "PluginHeads", "PredictionHeads", "head_names", "make_heads",
+        "register_head",
+    ],
+    "pinet_fast.models": ["Backbone", "DIN", "GRU4Rec", "PINet", "SASRec", "SequenceModel"],
     "pinet_fast.training": ["Observer", "RunConfig", "train"],
 }  # fmt: skip
 

@@ -11,20 +11,30 @@ import typer
 from pinet_fast.cli.console import Output, output
 from pinet_fast.errors import ConfigError
 from pinet_fast.report import Comparison, RunFiles, as_csv, as_dict, as_rich
+from pinet_fast.report.activeness_plot import checked_suffix
+from pinet_fast.report.comparison_plot import plot_comparison
 
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; the first is the baseline.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")] = False,
     csv: Annotated[Path | None, typer.Option("--csv", help="Also write a CSV file.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Also draw NDCG@10 by stratum: FILE.png or FILE.svg."),
+    ] = None,
 ) -> None:
     """Print runs side by side, stratum by stratum, with deltas to the first.
 
-    Example:
+    Examples:
         pinet-fast compare runs/joint runs/agreement
+
+        pinet-fast compare runs/joint runs/* --csv all.csv --plot all.svg
     """
     if len(runs) < 2:
         raise ConfigError("compare: expected two run folders or more, as in compare RUN RUN")
+    if plot is not None:
+        checked_suffix(plot)
     shown = output(as_json=as_json)
     comparison = Comparison.of([RunFiles.load(path) for path in runs])
     if csv is not None:
@@ -32,6 +42,8 @@ def compare(
             csv.write_text(as_csv(comparison))
         except OSError as error:
             raise ConfigError(f"--csv {csv}: cannot write there ({error.strerror})") from None
+    if plot is not None:
+        plot_comparison(plot, comparison)
     if as_json:
         shown.print_json(json.dumps(as_dict(comparison)))
     else:

@@ -12,10 +12,12 @@ import pinet_fast
 from pinet_fast.cli.compare import compare
 from pinet_fast.cli.demo import demo
 from pinet_fast.cli.doctor import doctor
+from pinet_fast.cli.evaluate import evaluate
 from pinet_fast.cli.fetch import fetch
 from pinet_fast.cli.inspect import inspect
 from pinet_fast.cli.prepare import prepare
 from pinet_fast.cli.profile import profile
+from pinet_fast.cli.table import table
 from pinet_fast.cli.train import train
 from pinet_fast.errors import InputError, PinetError, TrainingInterrupted
 
@@ -32,7 +34,9 @@ app = typer.Typer(
 app.command()(prepare)
 app.command()(inspect)
 app.command()(train)
+app.command()(evaluate)
 app.command()(compare)
+app.command()(table)
 app.command()(demo)
 app.command()(fetch)
 app.command()(doctor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +13,15 @@ from pinet_fast.aggregation.rules import names as rule_names
 from pinet_fast.cli.console import Output, output
 from pinet_fast.cli.progress import ProgressObserver
 from pinet_fast.cli.run_options import given_options, resolved, seed_runs
+from pinet_fast.cli.run_summary import print_results
 from pinet_fast.data.compiling import told
 from pinet_fast.errors import ConfigError
 from pinet_fast.heads import head_names
+from pinet_fast.models.losses import LOSSES
 from pinet_fast.report import RunFiles, write_report
 from pinet_fast.training import RunConfig
 from pinet_fast.training import train as run_training
+from pinet_fast.training.config import MODELS
 from pinet_fast.training.run_folder import RunFolder
 
 _LOG = "Log"
@@ -28,9 +32,22 @@ _HEADS = "Plugin heads"
 _RUN = "Run"
 
 
-def _option(name: str, text: str, panel: str) -> Any:
+def _option(name: str, text: str, panel: str, known: Sequence[str] = ()) -> Any:
     flag = f"--{name.replace('_', '-')}"
-    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=True)
+    return typer.Option(
+        flag, help=text, rich_help_panel=panel, show_default=True, autocompletion=_among(known)
+    )
+
+
+def _among(known: Sequence[str]) -> Callable[[str], list[str]] | None:
+    """Return what completes a value in a shell, or None where any value may be."""
+    if not known:
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in known if name.startswith(incomplete)]
+
+    return complete
 
 
 def train(
@@ -57,7 +74,7 @@ def train(
         str, _option("order", "auto (timestamps where there are any), timestamp, rows.", _LOG)
     ] = "auto",
     rule: Annotated[
-        str, _option("rule", f"One of {', '.join(rule_names())}.", _METHOD)
+        str, _option("rule", f"One of {', '.join(rule_names())}.", _METHOD, rule_names())
     ] = RunConfig.rule,
     prior: Annotated[
         str, _option("prior", "P(z) of --rule backdoor: uniform, users or events.", _METHOD)
@@ -71,14 +88,15 @@ def train(
     ] = RunConfig.check,
     model: Annotated[
         str,
-        _option("model", "sasrec, gru4rec, din, or din-mean (DIN without attention).", _BACKBONE),
+        _option("model", "sasrec, gru4rec, din, or din-mean (DIN without attention).", _BACKBONE,
+                MODELS),
     ] = RunConfig.model,
     loss: Annotated[
         str | None,
         typer.Option(
             "--loss", help="ce (softmax over the catalogue), or on negatives bce, ss (sampled "
             "softmax), bpr, gbce. Default: ce, and bce for DIN.", rich_help_panel=_BACKBONE,
-            show_default=False,
+            show_default=False, autocompletion=_among(LOSSES),
         ),
     ] = None,
     gbce_t: Annotated[
@@ -177,7 +195,7 @@ def train(
         ),
     ] = None,
     head: Annotated[
-        str, _option("head", f"Kind of heads: {', '.join(head_names())}.", _HEADS)
+        str, _option("head", f"Kind of heads: {', '.join(head_names())}.", _HEADS, head_names())
     ] = RunConfig.head,
     head_epochs: Annotated[
         int, _option("head_epochs", "Epochs of the heads.", _HEADS)
@@ -284,45 +302,9 @@ def run(
 
 
 def summarise(metrics: dict[str, Any], folder: RunFolder, shown: Output) -> None:
-    """Print a run's test metrics by stratum."""
-    from rich.table import Table
-
-    config = metrics["config"]
-    final = metrics["test"][metrics["final"]]
-    simulated = " - SIMULATED DATA" if metrics["data"]["simulated"] else ""
-    against = f"{config['eval_negatives']} negatives" if config["eval_negatives"] else "full"
-    table = Table(title=f"test, {against} ranking, {metrics['final']}{simulated}")
-    for column in ("stratum", "users", "NDCG@10", "HR@10", "MRR@10"):
-        table.add_column(column, justify="left" if column == "stratum" else "right")
-    names = ["overall", *(s["name"] for s in metrics["strata"])]
-    for name, group in zip(names, [final["overall"], *final["strata"]], strict=True):
-        means = [group[f"{metric}@10"]["mean"] for metric in ("ndcg", "hr", "mrr")]
-        table.add_row(name, f"{group['users']:,}", *map(_number, means))
-    shown.out.print(table)
-    if metrics["clicks"]["test"]:
-        _print_clicks(metrics, names, shown)
+    """Print a run's test metrics by stratum, and where its report is."""
+    print_results(metrics, "test", shown)
     shown.out.print(f"report: {folder.report}", highlight=False, soft_wrap=True)
-
-
-def _print_clicks(metrics: dict[str, Any], names: list[str], shown: Output) -> None:
-    """Print AUC, GAUC and log loss by stratum, and those of ranking by popularity."""
-    from rich.table import Table
-
-    own = metrics["clicks"]["test"][metrics["final"]]
-    popular = metrics["baselines"]["popularity"]["clicks"]
-    table = Table(title=f"test clicks, {metrics['final']}")
-    for column in ("stratum", "AUC", "GAUC", "log loss", "popularity AUC", "GAUC"):
-        table.add_column(column, justify="left" if column == "stratum" else "right")
-    for g, name in enumerate(names):
-        mine, theirs = ([e["overall"], *e["strata"]][g] for e in (own, popular))
-        cells = [mine[m]["mean"] for m in ("auc", "gauc", "log_loss")]
-        cells += [theirs[m]["mean"] for m in ("auc", "gauc")]
-        table.add_row(name, *map(_number, cells))
-    shown.out.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _refuse_changes(context: typer.Context, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pinet_fast.errors import ConfigError
@@ -59,10 +60,18 @@ class GRU4Rec(SequenceModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: N(0, 0.02) for tables; U(-1/sqrt(d), 1/sqrt(d)) for gates."""
-        super().reset_parameters()
+        """Draw all parameters anew: N(0, 1 / d) for tables; U(-1/sqrt(d), 1/sqrt(d)) for gates.
+
+        Smaller rows leave the gates where they are, and with losses on few negatives training
+        then stalls for hundreds of steps.
+        """
+        bound = self.dim**-0.5
         for p in self.layers.parameters():
-            nn.init.uniform_(p, -(self.dim**-0.5), self.dim**-0.5)
+            nn.init.uniform_(p, -bound, bound)
+        for table in (self.items,) if self.outputs is None else (self.items, self.outputs):
+            nn.init.normal_(table.weight, std=bound)
+            with torch.no_grad():
+                table.weight[0].zero_()
 
     def hidden(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Return the state after every event.

@@ -10,6 +10,7 @@ import numpy as np
 from pinet_fast.errors import ConfigError
 from pinet_fast.report.bootstrap import paired_differences
 from pinet_fast.report.schema import METRICS, IntArray, Interval
+from pinet_fast.report.significance import permutation_p_values
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,11 +29,14 @@ class Cell:
         difference: Its difference to the baseline. The mean is None for the baseline itself; the
             interval, paired by user, is None also where the runs tested different users.
         relative: The difference as a share of the baseline; None where that is 0 or unknown.
+        p_value: Of a paired permutation test against the baseline, two-sided, not corrected for
+            many comparisons; None where the interval of the difference is.
     """
 
     value: Interval
     difference: Interval
     relative: float | None
+    p_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,26 +97,33 @@ class Comparison:
         )
 
 
-def _column(
-    baseline: RunFiles, run: RunFiles, pairs: list[dict[str, Interval]] | None
-) -> dict[str, list[Cell]]:
+def _column(baseline: RunFiles, run: RunFiles, paired: _Paired | None) -> dict[str, list[Cell]]:
     """Return a run's cells, by metric and group."""
     column: dict[str, list[Cell]] = {metric: [] for metric in METRICS}
     base_groups, groups = baseline.test[baseline.final].groups, run.test[run.final].groups
     for index, (base_group, group) in enumerate(zip(base_groups, groups, strict=True)):
         for metric in METRICS:
             value, base = group.metrics[metric], base_group.metrics[metric]
-            difference, relative = _NOTHING, None
+            difference, relative, p_value = _NOTHING, None, None
             if run is not baseline and value.mean is not None and base.mean is not None:
                 mean = value.mean - base.mean
-                paired = pairs[index][metric] if pairs else _NOTHING
-                difference = Interval(mean, paired.low, paired.high)
+                interval = paired.intervals[index][metric] if paired else _NOTHING
+                difference = Interval(mean, interval.low, interval.high)
                 relative = mean / base.mean if base.mean else None
-            column[metric].append(Cell(value, difference, relative))
+                p_value = paired.p_values[index][metric] if paired else None
+            column[metric].append(Cell(value, difference, relative, p_value))
     return column
 
 
-def _paired(baseline: RunFiles, run: RunFiles) -> list[dict[str, Interval]] | None:
+@dataclass(frozen=True)
+class _Paired:
+    """Differences to the baseline and their p-values, by group and metric."""
+
+    intervals: list[dict[str, Interval]]
+    p_values: list[dict[str, float]]
+
+
+def _paired(baseline: RunFiles, run: RunFiles) -> _Paired | None:
     """Return the paired differences of every group, or None where the users are not the same."""
     order, base_order = np.argsort(run.ranks.users), np.argsort(baseline.ranks.users)
     if not np.array_equal(run.ranks.users[order], baseline.ranks.users[base_order]):
@@ -120,7 +131,10 @@ def _paired(baseline: RunFiles, run: RunFiles) -> list[dict[str, Interval]] | No
     ranks: IntArray = run.ranks.by_stage[run.final][order]
     base_ranks: IntArray = baseline.ranks.by_stage[baseline.final][base_order]
     masks = [mask[base_order] for mask in baseline.ranks.masks(baseline.num_strata)]
-    return [paired_differences(base_ranks[mask], ranks[mask]) for mask in masks]
+    return _Paired(
+        [paired_differences(base_ranks[mask], ranks[mask]) for mask in masks],
+        [permutation_p_values(base_ranks[mask], ranks[mask]) for mask in masks],
+    )
 
 
 def _check_comparable(baseline: RunFiles, run: RunFiles) -> None:
@@ -131,6 +145,13 @@ def _check_comparable(baseline: RunFiles, run: RunFiles) -> None:
             f"{baseline.data.fingerprint[:12]}), so their metrics cannot be compared; choose runs "
             "on one log"
         )
+    if _protocol(run) != _protocol(baseline):
+        (mine, how), (theirs, other) = _protocol(run), _protocol(baseline)
+        raise ConfigError(
+            f"compare: {run.path} was ranked against {mine or 'all'} {how} negatives and "
+            f"{baseline.path} against {theirs or 'all'} {other} ones, so their metrics cannot be "
+            "compared; rank one again: pinet-fast evaluate RUN --eval-negatives N"
+        )
     ours = [stratum.edges for stratum in run.strata]
     theirs = [stratum.edges for stratum in baseline.strata]
     if ours != theirs:
@@ -139,6 +160,11 @@ def _check_comparable(baseline: RunFiles, run: RunFiles) -> None:
             f"({_strata(baseline)}), so their metrics cannot be compared; choose runs with equal "
             "--strata"
         )
+
+
+def _protocol(run: RunFiles) -> tuple[object, object]:
+    """Return against how many negatives, and which, targets were ranked; 0 is the catalogue."""
+    return run.config.get("eval_negatives", 0), run.config.get("eval_dist", "uniform")
 
 
 def _strata(run: RunFiles) -> str:

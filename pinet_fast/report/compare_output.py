@@ -72,7 +72,7 @@ def as_csv(comparison: Comparison) -> str:
     """Return one row a run, group and metric; unknown values are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    header = ("mean", "low", "high", "delta", "delta_low", "delta_high", "relative")
+    header = ("mean", "low", "high", "delta", "delta_low", "delta_high", "relative", "p_value")
     writer.writerow(["run", "stage", "group", "users", "metric", *header, "simulated"])
     for r, (label, run) in enumerate(zip(comparison.labels, comparison.runs, strict=True)):
         for g, (name, users) in enumerate(zip(comparison.groups, comparison.users, strict=True)):
@@ -94,6 +94,7 @@ def _flat(cell: Cell) -> dict[str, float | None]:
         "delta_low": cell.difference.low,
         "delta_high": cell.difference.high,
         "relative": cell.relative,
+        "p_value": cell.p_value,
     }
 
 
@@ -116,7 +117,8 @@ def _main_table(comparison: Comparison, others: range) -> Table:
         comparison,
         f"Test NDCG@10 by stratum: {comparison.runs[0].data.name}",
         "Means over users [95% interval]; below, the difference to the baseline and its interval,"
-        " paired by user; coloured where that excludes 0.",
+        " paired by user; coloured where that excludes 0; p of a paired permutation test, two-sided"
+        " and not corrected for the number of comparisons.",
     )
     table.add_column("stratum", overflow="fold")
     table.add_column("users", justify="right")
@@ -189,6 +191,8 @@ def _full(cell: Cell) -> Text:
     if difference.low is not None and difference.high is not None:
         interval = f"[{difference.low:+.4f}, {difference.high:+.4f}]"
         lines.append(Text(interval, style=_colour(cell)))
+    if cell.p_value is not None:
+        lines.append(Text(f"p {cell.p_value:.4f}", style="dim"))
     return Text("\n").join(lines)
 
 

@@ -80,7 +80,7 @@ def target_ranks(scores: Tensor, targets: Tensor, history: Tensor, offsets: Tens
     scores[rows, history] = -torch.inf
     scores.scatter_(1, column, own)
     # The target itself is among those that are not below it: rank 1 means nobody else is.
-    return (scores >= own).sum(1)
+    return _not_below(scores, own)
 
 
 def candidate_ranks(scores: Tensor) -> Tensor:
@@ -97,7 +97,13 @@ def candidate_ranks(scores: Tensor) -> Tensor:
     """
     own = scores[:, :1]
     _check_finite(own)
-    return (scores >= own).sum(1)
+    return _not_below(scores, own)
+
+
+def _not_below(scores: Tensor, own: Tensor) -> Tensor:
+    """Count the scores of each row that are not below its own, int64 [B]."""
+    # Into int32: sums of bool into int64 take eight times as long on a CPU, more than the product.
+    return (scores >= own).sum(1, dtype=torch.int32).long()
 
 
 def _check_finite(own: Tensor) -> None:

@@ -31,7 +31,7 @@ from pinet_fast.training.stages import HeadStage, Stage, epoch_scores, watched_s
 from pinet_fast.training.tensorboard import TensorBoardLog, summary_writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pinet_fast.data import EvaluationBatch
     from pinet_fast.data.splits import Part
@@ -301,22 +301,42 @@ class Recipe:
 
     # Results ------------------------------------------------------------------------------------
 
+    def results(self, parts: Sequence[Part]) -> dict[str, Any]:
+        """Rank held-out parts with what the stages have kept.
+
+        Returns:
+            The parts of metrics.json that hold metrics, with the options they depend on.
+        """
+        for stage in (self.stage1, self.stage2):
+            if stage is not None:
+                stage.restore_best()
+        found = Results(self.inputs, {part: self._rank(part) for part in parts})
+        return {**self._about(), **found.metrics(), **self._baselines(found)}
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "config": self.config.to_dict(),
+            "data": data_facts(self.inputs.store),
+            "strata": strata_facts(self.inputs.strata),
+            "final": "backbone" if self.stage2 is None else "heads",
+        }
+
+    def _baselines(self, found: Results) -> dict[str, Any]:
+        return {"baselines": found.baselines(self._blocks("test"))}
+
     def _finish(self) -> dict[str, Any]:
         results = Results(self.inputs, {part: self._rank(part) for part in _PARTS})
         metrics = {
             "schema": 1,
             "name": self.folder.path.resolve().name,
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": self.config.to_dict(),
-            "data": data_facts(self.inputs.store),
-            "strata": strata_facts(self.inputs.strata),
+            **self._about(),
             "stages": {
                 "backbone": self._stage_facts(self.stage1),
                 "heads": None if self.stage2 is None else self._stage_facts(self.stage2),
             },
-            "final": "backbone" if self.stage2 is None else "heads",
             **results.metrics(),
-            "baselines": results.baselines(self._blocks("test")),
+            **self._baselines(results),
             "coverage": str(self.stage1.optimizer.coverage()).splitlines(),
             "versions": {
                 "pinet_fast": pinet_fast.__version__,

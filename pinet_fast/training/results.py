@@ -37,9 +37,9 @@ class Results:
 
     def metrics(self) -> dict[str, Any]:
         """Return the parts of metrics.json that hold metrics."""
-        test = self.rankings["test"]
         out: dict[str, Any] = {part: self._part(r) for part, r in self.rankings.items()}
-        out["items"] = self._by_items(test)
+        if "test" in self.rankings:
+            out["items"] = self._by_items(self.rankings["test"])
         out["clicks"] = {
             part: {stage: self._clicks(ranking, stage) for stage in ranking.scores}
             for part, ranking in self.rankings.items()

@@ -203,7 +203,7 @@ def test_json_holds_everything(by_hand):
     cell = content["groups"][1]["metrics"]["ndcg@10"]["other"]
     assert cell["delta"] == pytest.approx(1 / 3)
     assert cell.keys() == {
-        "mean", "low", "high", "delta", "delta_low", "delta_high", "relative"
+        "mean", "low", "high", "delta", "delta_low", "delta_high", "relative", "p_value",
     }  # fmt: skip
 
 
