@@ -52,19 +52,21 @@ def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
         return nullcontext()
     if torch.compiler.is_compiling():
         raise AggregationError(_TRACED)
+    if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
+        raise AggregationError(_TRACED)
     if run_graphs:
-        return _retaining()
-    try:
-        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    except RuntimeError as error:  # torch refuses it in a region that it compiles
-        raise AggregationError(_TRACED) from error
+        return retained_buffers()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 
 
-def _retaining() -> AbstractContextManager[None]:
-    """Have graphs compiled inside keep their buffers, which another leak check may need."""
+def retained_buffers() -> AbstractContextManager[None]:
+    """Have compiled graphs keep their buffers for more than one backward, as a leak check needs.
+
+    To be entered where they are compiled and where they run backward.
+    """
     config = torch._functorch.config
-    return config.patch(donated_buffer=False)  # type: ignore[no-any-return, attr-defined]
+    return config.patch(donated_buffer=False)  # type: ignore[no-any-return]
 
 
 _TRACED = (

@@ -81,6 +81,12 @@ class LeakCheck:
         # Of its own: a check must not move the stream that dropout draws from.
         self._generator = torch.Generator().manual_seed(0)
 
+    def forget(self) -> None:
+        """Forget all proofs: positions count other parameters than before."""
+        self._proofs.clear()
+        self._roles.clear()
+        self._accepted.clear()
+
     def wants(self, site: Site, num_strata: int) -> bool:
         """Return whether this step's use of ``site`` needs a check."""
         if self.mode != "first":
@@ -157,6 +163,11 @@ class LeakCheck:
         proof = self._proofs.setdefault(site, _Proof(len(members)))
         own_moves = members & (sizes > 0)
         proof.pairs |= own_moves.unsqueeze(1) & (here & ~members).unsqueeze(0)
+
+    @property
+    def is_armed(self) -> bool:
+        """Return whether something is left to prove."""
+        return self.mode == "always" or any(proof.step is None for proof in self._proofs.values())
 
     def proven_role(self, parameter: tuple[int, ...], op: str) -> tuple[str, int] | None:
         """Return the kind of rows and their dimension that is proven for all uses, or None."""

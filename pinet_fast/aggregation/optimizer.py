@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -146,6 +147,7 @@ class GradientAggregator(Optimizer):
         self._names: list[str] = []
         self._slice_proofs: dict[Any, SliceProof] = {}
         self._plan = TracePlan()
+        self._known_parameters: list[Tensor] = []
         self._dense_parameters: list[int] = []  # of the last forward, for the next one
         self._warned_plain = False
 
@@ -209,6 +211,7 @@ class GradientAggregator(Optimizer):
         self._alias()
         index = self._strata_index(strata, num_strata, lengths)
         parameters, names = self._parameters()
+        self._forget_others(parameters)
         self._names = names  # as the leak check's sites count them
         _check_names(rows or {}, names)
         if parameters:
@@ -319,6 +322,15 @@ class GradientAggregator(Optimizer):
                     parameters.append(p)
                     names.append(known[i] if known else f"parameter {i} of group {g}")
         return parameters, names
+
+    def _forget_others(self, parameters: list[Tensor]) -> None:
+        """Forget what was proven where parameters were frozen or thawed: it counts positions."""
+        known, self._known_parameters = self._known_parameters, parameters
+        if len(known) <= len(parameters) and all(map(operator.is_, known, parameters)):
+            return  # the same, or some more
+        self._check.forget()
+        self._slice_proofs.clear()
+        self._dense_parameters = []
 
     # Backward and step --------------------------------------------------------------------------
 
