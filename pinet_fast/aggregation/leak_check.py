@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pinet_fast.aggregation.coverage import Coverage, CoverageEntry
+from pinet_fast.aggregation.coverage import Coverage, CoverageEntry, backend_of
 from pinet_fast.errors import ConfigError, StratumLeakError
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class LeakCheck:
             CoverageEntry(
                 "+".join(names[i] for i in site.parameter), site.op,
                 "slice" if site.is_sliced else "boundary", site.kind, site.dim,
-                site.occurrence + 1, step,
+                site.occurrence + 1, step, backend_of(site.op, is_sliced=site.is_sliced),
             )
             for site, step in self.coverage()
         )  # fmt: skip
