@@ -37,9 +37,17 @@ def refuse_outside_envelope(
         )
 
 
-def may_compile() -> bool:
-    """Return whether something in this process can be compiled; that import takes seconds."""
-    return "torch._dynamo" in sys.modules
+def is_compiler_used() -> bool:
+    """Return whether something in this process was given to torch.compile.
+
+    Optimizers import the compiler, so that it is there says nothing. Where this misses a compiled
+    model (after ``torch._dynamo.reset()``), it runs eagerly.
+    """
+    module = sys.modules.get("torch._dynamo.eval_frame")
+    if module is None:
+        return False
+    backends = getattr(module, "cached_backends", {0: module})  # another torch: it may be
+    return any(backend is not None for backend in backends.values())
 
 
 def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
@@ -48,7 +56,7 @@ def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
     Raises:
         AggregationError: torch.compile runs this call itself.
     """
-    if not may_compile():
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
         return nullcontext()
     if torch.compiler.is_compiling():
         raise AggregationError(_TRACED)

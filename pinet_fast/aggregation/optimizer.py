@@ -15,7 +15,11 @@ from torch.optim import Optimizer
 from pinet_fast import profiling
 from pinet_fast._allocator import keep_freed_memory
 from pinet_fast.aggregation.combination import Absent, Combination, reported_losses
-from pinet_fast.aggregation.envelope import compiled_modules, may_compile, refuse_outside_envelope
+from pinet_fast.aggregation.envelope import (
+    compiled_modules,
+    is_compiler_used,
+    refuse_outside_envelope,
+)
 from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.joined import JoinedOptimizers, joined
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
@@ -229,7 +233,7 @@ class GradientAggregator(Optimizer):
             intercept=intercept,
             declared=rows,
             on_scalar=None if reduction is None else self._finish_scalar,
-            plan=self._plan if intercept and may_compile() else None,
+            plan=self._plan if intercept and is_compiler_used() else None,
         )
         session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:

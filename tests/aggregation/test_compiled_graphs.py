@@ -369,3 +369,16 @@ def test_a_batch_that_is_gone_is_named() -> None:
 
     with pytest.raises(AggregationError, match=r"the batch of this compiled graph is gone; call"):
         torch.ops.pinet_fast.traced_sums(rows, key, 0, 1, 1, 2)
+
+
+def test_only_what_is_compiled_is_prepared_for() -> None:
+    """Optimizers import the compiler; that alone must not cost an eager model anything."""
+    from pinet_fast.aggregation.envelope import is_compiler_used
+
+    model = nn.Linear(D, 1)
+    adam = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, D)).sum().backward()
+    adam.step()
+    assert not is_compiler_used()
+    torch.compile(model, backend="eager")
+    assert is_compiler_used()
