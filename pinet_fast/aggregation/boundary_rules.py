@@ -18,6 +18,7 @@ from pinet_fast.aggregation.boundary import (
     apply,
 )
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
+from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
 if TYPE_CHECKING:
@@ -112,6 +113,52 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
         mode.rows.groups_of(layout, shape),
         layout,
     )
+
+
+def _rms_norm_arguments(
+    input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Args:
+    return input, normalized_shape, weight, eps
+
+
+def _rms_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """The norm has no parameter, and its scale is a broadcast product, as in torch's own code."""
+    rows, normalized_shape, weight, eps = bind(_rms_norm_arguments, args, kwargs)
+    root = mode.root_of(weight)
+    if root is None or mode.root_of(rows) is not None:
+        raise BoundaryError("rms_norm: expected rows of the batch and a parameter as the scale")
+    shape = tuple(rows.shape[: rows.dim() - len(normalized_shape)])
+    layout = mode.find(shape, rows, (root,), "rms_norm")
+    if layout is None:
+        return mode.derive(func, args, kwargs)
+    normed = F.rms_norm(rows, normalized_shape, None, eps)
+    leaf = mode.dense_leaf(root, "rms_norm", layout)
+    groups = mode.rows.groups_along(layout)
+    return apply(StratifiedBroadcast, normed, root.detached(), leaf, True, groups, layout, None)
+
+
+def _addmm_arguments(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Args:
+    return input, mat1, mat2, beta, alpha
+
+
+def _addmm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """``bias + rows W``, the linear layer of those who keep W as [D_in, D_out]."""
+    bias, rows, weight, beta, alpha = bind(_addmm_arguments, args, kwargs)
+    roots = mode.root_of(bias), mode.root_of(weight)
+    is_linear = bias.dim() == 1 and beta == 1 and alpha == 1 and None not in roots
+    if not is_linear or mode.root_of(rows) is not None:
+        return slice_rule(mode, func, args, kwargs)
+    layout = mode.find((rows.shape[0],), rows, roots, "addmm")
+    if layout is None:
+        return mode.derive(func, args, kwargs)
+    leaves = [mode.dense_leaf(root, "addmm", layout) for root in roots]
+    assert leaves[1] is not None
+    rows, weight, bias = autocast(rows, roots[1].detached(), roots[0].detached())  # type: ignore[union-attr]
+    groups = mode.rows.groups_of(layout, (rows.shape[0],))
+    return apply(
+        StratifiedLinear, rows, weight.t(), bias, leaves[1].transpose(1, 2), leaves[0], groups,
+        layout,
+    )  # fmt: skip
 
 
 def _broadcast_arguments(input: Any, other: Any, alpha: Any = 1) -> Args:
@@ -260,6 +307,8 @@ def default_rules() -> dict[Any, BoundaryRule]:
     from pinet_fast.aggregation.recurrent_rules import recurrent_rules
 
     rules: dict[Any, BoundaryRule] = {F.linear: _linear, F.layer_norm: _layer_norm}
+    rules |= dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm)
+    rules |= dict.fromkeys((torch.addmm, Tensor.addmm), _addmm)
     rules |= dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), _prelu)
     rules |= lookup_rules()
     rules |= recurrent_rules()

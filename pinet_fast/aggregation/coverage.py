@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self
 
+from pinet_fast.kernels import _registry
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -21,7 +23,9 @@ class CoverageEntry:
         dim: The dimension that holds them.
         use: Counts the uses of the same parameter by the same op, from 1.
         proven: The step at which the leak check proved it; None = not yet.
-        backend: What computes its stratum gradients.
+        backend: What computes its stratum gradients: a backend of the op in ``pinet_fast.kernels``
+            that serves it (several, joined by ``+``, where they took turns in this process; ``-``
+            before the first backward), or ``"torch"`` where torch's own functions do.
     """
 
     parameter: str
@@ -31,13 +35,32 @@ class CoverageEntry:
     dim: int
     use: int
     proven: int | None
-    backend: str = "reference"
+    backend: str
 
     def __str__(self) -> str:
         proof = "unproven" if self.proven is None else f"proven at step {self.proven}"
         rule = "" if self.rule == "boundary" else ", slice rule"
         where = f"{self.rows} in dim {self.dim}, use {self.use}"
-        return f"{self.parameter}: {self.op}{rule}, {where}: {proof}"
+        return f"{self.parameter}: {self.op}{rule}, {self.backend}, {where}: {proof}"
+
+
+_KERNELS = {
+    **dict.fromkeys(
+        ("linear", "matmul", "addmm", "gru", "lstm", "rnn_tanh", "rnn_relu"),
+        "stratified_linear_backward",
+    ),
+    **dict.fromkeys(("embedding", "embedding_bag"), "stratified_embedding_reduce"),
+    "layer_norm": "stratified_norm_backward",
+}
+
+
+def backend_of(op: str, *, is_sliced: bool) -> str:
+    """Return what computes the stratum gradients of a boundary, as entries say it."""
+    kernel = None if is_sliced else _KERNELS.get(op)
+    if kernel is None:
+        return "torch"
+    used = [b.name for b in _registry.backends(kernel) if _registry.num_calls(kernel, b.name)]
+    return "+".join(used) or "-"
 
 
 class Coverage(tuple[CoverageEntry, ...]):

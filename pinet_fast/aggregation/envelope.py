@@ -37,9 +37,17 @@ def refuse_outside_envelope(
         )
 
 
-def may_compile() -> bool:
-    """Return whether something in this process can be compiled; that import takes seconds."""
-    return "torch._dynamo" in sys.modules
+def is_compiler_used() -> bool:
+    """Return whether something in this process was given to torch.compile.
+
+    Optimizers import the compiler, so that it is there says nothing. Where this misses a compiled
+    model (after ``torch._dynamo.reset()``), it runs eagerly.
+    """
+    module = sys.modules.get("torch._dynamo.eval_frame")
+    if module is None:
+        return False
+    backends = getattr(module, "cached_backends", {0: module})  # another torch: it may be
+    return any(backend is not None for backend in backends.values())
 
 
 def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
@@ -48,23 +56,25 @@ def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
     Raises:
         AggregationError: torch.compile runs this call itself.
     """
-    if not may_compile():
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
         return nullcontext()
     if torch.compiler.is_compiling():
         raise AggregationError(_TRACED)
+    if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
+        raise AggregationError(_TRACED)
     if run_graphs:
-        return _retaining()
-    try:
-        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    except RuntimeError as error:  # torch refuses it in a region that it compiles
-        raise AggregationError(_TRACED) from error
+        return retained_buffers()
+    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
 
 
-def _retaining() -> AbstractContextManager[None]:
-    """Have graphs compiled inside keep their buffers, which another leak check may need."""
+def retained_buffers() -> AbstractContextManager[None]:
+    """Have compiled graphs keep their buffers for more than one backward, as a leak check needs.
+
+    To be entered where they are compiled and where they run backward.
+    """
     config = torch._functorch.config
-    return config.patch(donated_buffer=False)  # type: ignore[no-any-return, attr-defined]
+    return config.patch(donated_buffer=False)  # type: ignore[no-any-return]
 
 
 _TRACED = (

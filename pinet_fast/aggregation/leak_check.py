@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from pinet_fast.aggregation.coverage import Coverage, CoverageEntry
+from pinet_fast.aggregation.coverage import Coverage, CoverageEntry, backend_of
 from pinet_fast.errors import ConfigError, StratumLeakError
 
 if TYPE_CHECKING:
@@ -80,6 +80,12 @@ class LeakCheck:
         self._accepted: set[Site] = set()
         # Of its own: a check must not move the stream that dropout draws from.
         self._generator = torch.Generator().manual_seed(0)
+
+    def forget(self) -> None:
+        """Forget all proofs: positions count other parameters than before."""
+        self._proofs.clear()
+        self._roles.clear()
+        self._accepted.clear()
 
     def wants(self, site: Site, num_strata: int) -> bool:
         """Return whether this step's use of ``site`` needs a check."""
@@ -158,6 +164,11 @@ class LeakCheck:
         own_moves = members & (sizes > 0)
         proof.pairs |= own_moves.unsqueeze(1) & (here & ~members).unsqueeze(0)
 
+    @property
+    def is_armed(self) -> bool:
+        """Return whether something is left to prove."""
+        return self.mode == "always" or any(proof.step is None for proof in self._proofs.values())
+
     def proven_role(self, parameter: tuple[int, ...], op: str) -> tuple[str, int] | None:
         """Return the kind of rows and their dimension that is proven for all uses, or None."""
         roles = self._roles.get((parameter, op), set())
@@ -173,7 +184,7 @@ class LeakCheck:
             CoverageEntry(
                 "+".join(names[i] for i in site.parameter), site.op,
                 "slice" if site.is_sliced else "boundary", site.kind, site.dim,
-                site.occurrence + 1, step,
+                site.occurrence + 1, step, backend_of(site.op, is_sliced=site.is_sliced),
             )
             for site, step in self.coverage()
         )  # fmt: skip

@@ -160,9 +160,7 @@ class VirtualLeaves:
         self._lookups.append(Lookup(root, leaf))
         return leaf
 
-    def delivered_lookup(
-        self, root: Root, delivered: dict[int, Tensor], number: int
-    ) -> Tensor:
+    def delivered_lookup(self, root: Root, delivered: dict[int, Tensor], number: int) -> Tensor:
         """Return a leaf [1] for one lookup of a compiled graph, which delivers past the leaf."""
         leaf = self._watched(root.tensor.new_zeros(1).requires_grad_())
         self._lookups.append(Lookup(root, leaf, delivered, number))
@@ -243,9 +241,9 @@ class _Collection:
             if leaf.grad is not None:
                 self._add(root, leaf.grad)
         for entry in self.leaves._lookups:
-            lookups = entry.gradient()
-            if lookups is not None:
-                self._add(entry.root, lookups)
+            of_lookup = entry.gradient()
+            if of_lookup is not None:
+                self._add(entry.root, of_lookup)
         for term in self.leaves._terms:
             if term.leaf.grad is not None and not term.is_apart:
                 self._add(term.root, term.leaf.grad)

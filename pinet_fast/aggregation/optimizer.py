@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
@@ -14,7 +15,11 @@ from torch.optim import Optimizer
 from pinet_fast import profiling
 from pinet_fast._allocator import keep_freed_memory
 from pinet_fast.aggregation.combination import Absent, Combination, reported_losses
-from pinet_fast.aggregation.envelope import compiled_modules, may_compile, refuse_outside_envelope
+from pinet_fast.aggregation.envelope import (
+    compiled_modules,
+    is_compiler_used,
+    refuse_outside_envelope,
+)
 from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.joined import JoinedOptimizers, joined
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
@@ -146,6 +151,7 @@ class GradientAggregator(Optimizer):
         self._names: list[str] = []
         self._slice_proofs: dict[Any, SliceProof] = {}
         self._plan = TracePlan()
+        self._known_parameters: list[Tensor] = []
         self._dense_parameters: list[int] = []  # of the last forward, for the next one
         self._warned_plain = False
 
@@ -209,6 +215,7 @@ class GradientAggregator(Optimizer):
         self._alias()
         index = self._strata_index(strata, num_strata, lengths)
         parameters, names = self._parameters()
+        self._forget_others(parameters)
         self._names = names  # as the leak check's sites count them
         _check_names(rows or {}, names)
         if parameters:
@@ -226,7 +233,7 @@ class GradientAggregator(Optimizer):
             intercept=intercept,
             declared=rows,
             on_scalar=None if reduction is None else self._finish_scalar,
-            plan=self._plan if intercept and may_compile() else None,
+            plan=self._plan if intercept and is_compiler_used() else None,
         )
         session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:
@@ -319,6 +326,15 @@ class GradientAggregator(Optimizer):
                     parameters.append(p)
                     names.append(known[i] if known else f"parameter {i} of group {g}")
         return parameters, names
+
+    def _forget_others(self, parameters: list[Tensor]) -> None:
+        """Forget what was proven where parameters were frozen or thawed: it counts positions."""
+        known, self._known_parameters = self._known_parameters, parameters
+        if len(known) <= len(parameters) and all(map(operator.is_, known, parameters)):
+            return  # the same, or some more
+        self._check.forget()
+        self._slice_proofs.clear()
+        self._dense_parameters = []
 
     # Backward and step --------------------------------------------------------------------------
 

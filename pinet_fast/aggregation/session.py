@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from pinet_fast import profiling
 from pinet_fast.aggregation.boundary_rules import default_rules
+from pinet_fast.aggregation.envelope import retained_buffers
 from pinet_fast.aggregation.gradient_calls import replay
 from pinet_fast.aggregation.interception import Interception
 from pinet_fast.aggregation.leaves import Collected, VirtualLeaves
@@ -104,6 +106,7 @@ class Session:
         self.interception: Interception | None = None
         self.is_finished = False
         self.is_traced = False
+        self.plan = plan
         self._guard = _BackwardGuard()
         if on_scalar is not None:
             self._watch(on_scalar)
@@ -146,7 +149,8 @@ class Session:
         self._guard.is_expected = True
         with gradients_apart(self.parameters), replay(self.interception):
             if self.interception.uses and sum(present) > 1:
-                with profiling.LEAK_CHECK:
+                retained = retained_buffers() if self.is_traced else nullcontext()
+                with profiling.LEAK_CHECK, retained:
                     self.saw_leak = self.check.run(
                         self.interception.uses, losses.values, present, step, self.names,
                         accept=self.attributes_leaks,
@@ -164,6 +168,8 @@ class Session:
     def _refuse_outside(self, got_gradient: Sequence[bool]) -> None:
         touched = [name for got, name in zip(got_gradient, self.names, strict=True) if got]
         if touched:
+            if self.plan is not None:  # a graph may have done so: the next step is eager
+                self.plan.refuse(f"{touched[0]} met rows where no boundary was")
             raise AggregationError(
                 f"backward: {', '.join(touched)} got gradient outside every boundary, so its "
                 "strata cannot be told apart; compute with the parameter inside "

@@ -22,6 +22,8 @@ from pinet_fast.errors import AggregationError
 from pinet_fast.kernels import stratified_linear_backward, stratum_sums
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pinet_fast.aggregation.rows import BatchRows
     from pinet_fast.aggregation.strata_index import RowGroups
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 KINDS = ("users", "events")
 
-_LIBRARY = torch.library.Library("pinet_fast", "DEF")
+_LIBRARY = torch.library.Library("pinet_fast", "DEF")  # type: ignore[no-untyped-call]
 _batches: weakref.WeakValueDictionary[int, BatchRows] = weakref.WeakValueDictionary()
 _keys = itertools.count(1)
 
@@ -56,32 +58,34 @@ def _weight_kernel(
 ) -> Tensor:
     flat_grad, flat_rows = grad.reshape(-1, grad.shape[-1]), rows.reshape(-1, rows.shape[-1])
     groups = _groups(key, kind, outer, inner)
+    strata: Tensor
     _, strata, _ = stratified_linear_backward(
         flat_grad, flat_rows.to(grad.dtype), None, groups.ids, groups.offsets, groups.order,
         need_rows=False, need_bias=False,
     )  # fmt: skip
-    assert strata is not None
     return strata
 
 
 def _weight_fake(
     grad: Tensor, rows: Tensor, key: Tensor, kind: int, outer: int, inner: int, num_strata: int
 ) -> Tensor:
-    return grad.new_empty(
-        (num_strata, grad.shape[-1], rows.shape[-1]), dtype=_summed_dtype(grad.dtype)
-    )
+    shape = (num_strata, grad.shape[-1], rows.shape[-1])
+    out: Tensor = grad.new_empty(shape, dtype=_summed_dtype(grad.dtype))
+    return out
 
 
 def _sums_kernel(
     rows: Tensor, key: Tensor, kind: int, outer: int, inner: int, num_strata: int
 ) -> Tensor:
-    return stratum_sums(rows, _groups(key, kind, outer, inner).ids, num_strata)
+    sums: Tensor = stratum_sums(rows, _groups(key, kind, outer, inner).ids, num_strata)
+    return sums
 
 
 def _sums_fake(
     rows: Tensor, key: Tensor, kind: int, outer: int, inner: int, num_strata: int
 ) -> Tensor:
-    return rows.new_empty((num_strata, rows.shape[1]), dtype=_summed_dtype(rows.dtype))
+    out: Tensor = rows.new_empty((num_strata, rows.shape[1]), dtype=_summed_dtype(rows.dtype))
+    return out
 
 
 def _summed_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -144,7 +148,7 @@ def _lookup_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _LAYOUT = "Tensor key, SymInt kind, SymInt outer, SymInt inner"
-_OPS = {
+_OPS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     f"traced_weight(Tensor grad, Tensor rows, {_LAYOUT}, SymInt num_strata) -> Tensor": (
         _weight_kernel, _weight_fake,
     ),
@@ -236,4 +240,5 @@ def _sums_into(
         rows = rows.sum(reduced, keepdim=True)
     flat = rows.movedim(dim, 0).flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
     sums = torch.ops.pinet_fast.traced_sums(flat, key, kind, outer, inner, shape[0])
-    return sums.reshape(shape)
+    out: Tensor = sums.reshape(shape)
+    return out

@@ -97,6 +97,18 @@ def flattened(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.reshape(-1, D)).view(B, L, -1)
 
 
+class TransposedLinear(nn.Module):
+    """``addmm(bias, rows, W)`` on flattened rows, as language models of the GPT-2 kind have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(D, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.reshape(-1, D), self.weight)
+        return flat.view(*x.shape[:-1], 4)
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
     "linear": (lambda: nn.Linear(D, 4), lambda m, x: m(x)),
     "linear on [B * L, d]": (lambda: nn.Linear(D, 4), flattened),
@@ -125,6 +137,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], T
     "PReLU": (lambda: nn.PReLU(), lambda m, x: m(x)),
     "GroupNorm": (lambda: nn.GroupNorm(2, D), conv),
     "RMSNorm": (lambda: nn.RMSNorm(D), lambda m, x: m(x)),
+    "RMSNorm on [L, B, d]": (lambda: nn.RMSNorm(D), time_major),
+    "RMSNorm over [L, d]": (lambda: nn.RMSNorm([L, D]), lambda m, x: m(x)),
+    "addmm": (TransposedLinear, lambda m, x: m(x)),
     "Bilinear": (lambda: nn.Bilinear(D, D, 3), lambda m, x: m(x, x)),
     "weight-normed linear": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(D, 4)),
@@ -267,10 +282,42 @@ def test_dropout_inside_a_sliced_function_still_trains() -> None:
 
 def test_which_layers_use_the_slice_rule() -> None:
     """Attention goes through linear boundaries; convolutions are sliced."""
-    for layer, sliced in (("MHA batch first", False), ("GRU batch first", False), ("conv1d", True)):
+    expected = {
+        "MHA batch first": False, "GRU batch first": False, "LSTM": False, "RMSNorm": False,
+        "layer_norm on [L, B, d]": False, "addmm": False, "conv1d": True, "GroupNorm": True,
+    }  # fmt: skip
+    for layer, sliced in expected.items():
         torch.manual_seed(0)
         make, call = LAYERS[layer]
         model = Scored(make().double(), call)
         x = torch.randn(B, L, D, dtype=torch.float64)
         opt = assert_exact(model, lambda m=model, y=x: m(y), torch.tensor(IDS["sorted"]))
         assert bool(opt._slice_proofs) == sliced
+        assert bool(opt.coverage().sliced) == sliced
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", ["linear", "RMSNorm", "addmm", "MHA batch first", "LSTM"])
+def test_the_forward_is_bit_identical(layer: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    make, call = LAYERS[layer]
+    model = Scored(make().to(dtype), call)
+    x = torch.randn(B, L, D, dtype=dtype)
+    opt = GradientAggregator(torch.optim.SGD(model.parameters(), lr=0.1), "agreement")
+    plain = model(x)
+    with opt.stratify(torch.tensor(IDS["unsorted"])):
+        assert torch.equal(model(x), plain)
+
+
+def test_coverage_says_who_computes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, D), nn.LayerNorm(D), nn.Linear(D, D), nn.PReLU())
+    opt = GradientAggregator(torch.optim.SGD(model.named_parameters(), lr=0.1), "agreement")
+    with opt.stratify([0, 1, 1]):
+        losses = model(torch.randint(9, (3,))).square().sum(1)
+    opt.backward(losses)
+    backends = {entry.op: entry.backend for entry in opt.coverage()}
+    assert backends["prelu"] == "torch"
+    for op in ("embedding", "layer_norm", "linear"):
+        assert set(backends[op].split("+")) <= {"reference", "cpp", "triton"}
+        assert backends[op] in str(opt.coverage())

@@ -175,6 +175,38 @@ def test_time_major_lookalike_leaks() -> None:
         opt.backward(losses)
 
 
+def test_a_thawed_parameter_is_proven_of_its_own() -> None:
+    """Sites count parameters by position, which freezing and thawing shifts."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(requires_grad=False)
+    opt = aggregator(model)
+    x = torch.randn(6, 4)
+    with opt.stratify(STRATA):
+        losses = model(x).pow(2).sum(1)
+    step(opt, losses)
+    assert {e.parameter for e in opt.coverage()} == {"1.weight", "1.bias"}
+    model[0].requires_grad_()
+    with opt.stratify(STRATA):
+        state = model[0](x)
+        losses = model[1](state + state.mean(0)).pow(2).sum(1)  # a leak at 0.weight alone
+    with pytest.raises(StratumLeakError, match=r"0\.weight"):
+        opt.backward(losses)
+
+
+def test_new_parameters_leave_proofs_as_they_are() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 2)
+    opt = aggregator(first)
+    x = torch.randn(6, 4)
+    with opt.stratify(STRATA):
+        losses = first(x).pow(2).sum(1)
+    step(opt, losses)
+    opt.add_param_group({"params": list(second.named_parameters())})
+    with opt.stratify(STRATA):
+        losses = second(first(x)).pow(2).sum(1)
+    step(opt, losses)
+    assert [entry.proven for entry in opt.coverage()] == [0, 0, 1, 1]
+
+
 def test_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match='"first", "never" or "always"'):
         aggregator(nn.Linear(2, 2), "sometimes")  # type: ignore[arg-type]

@@ -63,35 +63,6 @@ class Graphs:
         return aot_eager(graph, example_inputs)
 
 
-@pytest.mark.parametrize("spelling", [".T", ".t()", "F.linear"])
-def test_a_compiled_model_is_exact_for_any_size(spelling: str) -> None:
-    """Twelve steps with other sizes and offsets: exact in each; inside stratify it runs eagerly."""
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model, rule, backend = Tied(spelling).double(), Pick(), Graphs()
-    opt = GradientAggregator(torch.optim.SGD(model.parameters(), lr=0.05), rule, num_strata=S)
-    compiled = torch.compile(model, backend=backend, dynamic=True)
-    for i in range(12):
-        users = 6 + i
-        strata = torch.randint(0, S, (users,))
-        strata[:S] = torch.arange(S)
-        ids = torch.randint(0, ITEMS, (users, LENGTH))
-        expected = autograd_stratum_gradients(
-            lambda x=ids: model(x), strata, [*model.parameters()], S
-        )
-        rule.index = i % S
-        opt.zero_grad()
-        with opt.stratify(strata):
-            losses = compiled(ids)
-        opt.backward(losses)
-        for p, want in zip(model.parameters(), expected, strict=True):
-            torch.testing.assert_close(p.grad, want[i % S], rtol=1e-9, atol=1e-12)
-        opt.step()
-    assert opt.report.leak == "proven"
-    assert backend.count == 0
-    torch._dynamo.reset()
-
-
 def test_constant_rules_run_the_compiled_graph() -> None:
     """They need no stratum gradients: the reweighted loss of the compiled model, compiled once."""
     torch._dynamo.reset()
