@@ -9,11 +9,13 @@
 #include <cstdint>
 #include <vector>
 
+#include "small_gemm.h"
+
 namespace pinet {
 
-constexpr int64_t kTile = 64;         // queries at a time
-constexpr int64_t kKeys = 256;        // keys at a time: tiles of scores and keys stay in L2
-constexpr int64_t kChunk = 2 * kKeys; // queries (forward) or keys (backward) of one piece
+constexpr int64_t kTile = 64;          // queries at a time
+constexpr int64_t kKeys = 256;         // keys at a time: tiles of scores and keys stay in L2
+constexpr int64_t kChunk = 2 * kKeys;  // queries (forward) or keys (backward) of one piece
 
 // Multiplications that outweigh handing out a piece, some 10 microseconds of them.
 constexpr int64_t kPiece = 1 << 19;

@@ -8,8 +8,8 @@
 #include <memory>
 
 #include "attention_rows.h"
-#include "small_gemm.h"
 #include "attention_work.h"
+#include "small_gemm.h"
 
 namespace pinet {
 namespace {
