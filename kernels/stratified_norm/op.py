@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
 _MAX_TRITON_STRATA = 64
-_MAX_TRITON_BYTES = 65536  # of a row held in registers
+_MAX_TRITON_WIDTH = 16384  # a row is held in registers
+_MAX_TRITON_WIDTH_OF_DOUBLES = 4096
 
 
 def stratified_norm_backward(
@@ -162,7 +163,7 @@ def _triton_supports(
     is_double = any(
         x is not None and x.dtype is torch.float64 for x in (grad, rows, mean, rstd, weight)
     )
-    longest = _MAX_TRITON_BYTES // (8 if is_double else 4)
+    longest = _MAX_TRITON_WIDTH_OF_DOUBLES if is_double else _MAX_TRITON_WIDTH
     if rows.shape[1] > longest:
         return f"rows of {rows.shape[1]} numbers are longer than {longest}"
     return None

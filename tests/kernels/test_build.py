@@ -101,6 +101,10 @@ def test_wheel_without_a_compiler_holds_the_kernels_and_no_library(sources, tmp_
     ops |= {"stratified_norm", "stratified_embedding", "routed_linear", "ragged_attention"}
     for op in ops:
         assert f"pinet_fast/kernels/{op}/op.py" in names
+    tables = sorted(path.name for path in (sources / "kernels/configs").glob("*.json"))
+    assert len(tables) >= 7
+    for table in tables:
+        assert f"pinet_fast/kernels/configs/{table}" in names
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
     if has_compiler():  # installed later, and the build folder still there
         wheel, _ = build_wheel(sources, dict(os.environ))

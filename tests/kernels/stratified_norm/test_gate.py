@@ -21,8 +21,8 @@ SAMPLE = [
     ("rows", 80, "float32", 8, 16384),
     ("columns", 90, "float32", 16, 1024),
 ]
-WIDTHS = {"rows": (64, 512, 2048, 8192, 16384), "columns": (1024,)}
-LONGEST = {"float32": 16384, "float64": 8192, "bfloat16": 16384, "float16": 16384}
+WIDTHS = {"rows": (64, 512, 2048, 4096, 16384), "columns": (1024,)}
+LONGEST = {"float32": 16384, "float64": 4096, "bfloat16": 16384, "float16": 16384}
 EVERY = [
     (kind, arch, dtype, 8, width)
     for kind in ("rows", "columns")
