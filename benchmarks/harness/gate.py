@@ -134,7 +134,7 @@ class Gate:
     def judge(
         self, name: str, candidate: Callable[[], Any], reference: Callable[[], Any]
     ) -> tuple[PairedResult, str]:
-        """Measure until the interval is narrow enough or the time is used up.
+        """Measure until the interval lies on one side of the limit or the time is used up.
 
         Returns:
             What was measured, and whether it is ``slower``, ``faster`` or ``as expected``.
@@ -146,7 +146,11 @@ class Gate:
         for _ in range(_ATTEMPTS):
             started = time.perf_counter()
             budget = self.seconds_left / max(1, self.num_left)
-            precision = Precision(half_width=expected.margin / 4, seconds=budget / _ATTEMPTS)
+            precision = Precision(
+                half_width=expected.margin / 4,
+                seconds=budget / _ATTEMPTS,
+                limit=None if self.update else expected.limit,
+            )
             result = measure(candidate, reference, _ROUNDS, precision=precision, clock=clock)
             self.seconds_left -= time.perf_counter() - started
             verdict = expected.verdict(result)

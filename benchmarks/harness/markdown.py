@@ -28,14 +28,14 @@ def cell(result: Mapping[str, Any] | None, *keys: str, unit: str = "") -> str:
 
 def span(result: Mapping[str, Any] | None) -> str:
     """Return a ratio and its interval."""
-    if result is None or "ratio" not in result:
+    if result is None or "low" not in result:
         return NOTHING
     return _span(result["ratio"], result["low"], result["high"])
 
 
 def inverse(result: Mapping[str, Any] | None) -> str:
     """Return how many times as long the reference takes, and the interval."""
-    if result is None or "ratio" not in result:
+    if result is None or "low" not in result:
         return NOTHING
     return _span(1 / result["ratio"], 1 / result["high"], 1 / result["low"])
 
@@ -60,6 +60,8 @@ def caption(run: Mapping[str, Any]) -> str:
         if versions.get(name)
     )  # fmt: skip
     changed = " with local changes" if commit["dirty"] else ""
+    if "amended" in run:
+        changed += f" ({len(run['amended']['names'])} results measured apart, later)"
     return (
         f"*{machine['device']}, {machine['threads']} threads; {shown}; commit "
         f"{commit['id'] or 'unknown'}{changed}; {run['started_at'][:10]}, load "

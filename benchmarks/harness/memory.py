@@ -1,4 +1,4 @@
-"""Peak memory of tensors, counted from every allocation: no load on the machine changes it."""
+"""Peak memory of tensors, counted from every allocation, whatever else the machine does."""
 
 from __future__ import annotations
 

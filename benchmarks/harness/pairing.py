@@ -29,11 +29,21 @@ class Precision:
         half_width: Half the interval over the ratio that is narrow enough.
         seconds: Wall time after which it ends whatever the interval.
         least: Rounds that are measured in any case, so that no lucky start ends it.
+        limit: A ratio to decide about: the interval need not be narrow but lie on one side of it.
     """
 
     half_width: float
     seconds: float
     least: int = 20
+    limit: float | None = None
+
+    def is_reached(self, rounds: int, ratio: float, low: float, high: float) -> bool:
+        """Return whether the interval after so many rounds says enough."""
+        if rounds < self.least:
+            return False
+        if self.limit is not None:
+            return not low <= self.limit <= high
+        return (high - low) / 2 / ratio <= self.half_width
 
 
 @dataclass(frozen=True)
@@ -136,8 +146,10 @@ def measure(
             for _ in range(rounds):
                 pairs.append(_pair(candidate, reference, len(pairs), clock))
             ratio, low, high = interval([mine / theirs for mine, theirs in pairs])
-            if precision is None or _is_enough(
-                precision, len(pairs), (high - low) / 2 / ratio, time.perf_counter() - started
+            if (
+                precision is None
+                or precision.is_reached(len(pairs), ratio, low, high)
+                or time.perf_counter() - started >= precision.seconds
             ):
                 break
     finally:
@@ -168,9 +180,3 @@ def _seconds(function: Callable[[], Any], clock: Callable[[], float]) -> float:
     started = clock()
     function()
     return clock() - started
-
-
-def _is_enough(precision: Precision, rounds: int, half_width: float, seconds: float) -> bool:
-    if seconds >= precision.seconds:
-        return True
-    return rounds >= precision.least and half_width <= precision.half_width

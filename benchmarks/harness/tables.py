@@ -89,7 +89,7 @@ def _file(result: Result) -> str:
 
 def _who(result: Result) -> str:
     params = result["params"]
-    return str(params.get("peer") or params.get("way"))
+    return str(params["peer"]) if "peer" in params else f"{params['way']}, padded model"
 
 
 def data(run: Run) -> str:
@@ -127,7 +127,7 @@ def _seek(run: Run) -> str:
 
 def group(run: Run, name: str) -> str:
     """Every benchmark of a group with a ratio."""
-    found = [r for r in run["results"] if r["group"] == name and "ratio" in r]
+    found = [r for r in run["results"] if r["group"] == name and "low" in r]
     rows = [
         [f"`{_test_of(r).removeprefix('test_')}`", _given(r), span(r), _share(r)] for r in found
     ]
@@ -221,9 +221,9 @@ def everything(run: Run) -> str:
     """Return a document with every ratio of a run, group by group."""
     parts = ["# Benchmarks", caption(run)]
     for name in dict.fromkeys(r["group"] for r in run["results"]):
-        if any("ratio" in r for r in run["results"] if r["group"] == name):
+        if any("low" in r for r in run["results"] if r["group"] == name):
             parts += [f"## {name}", group(run, name)]
-    others = [[f"`{r['name']}`", _figures(r)] for r in run["results"] if "ratio" not in r]
+    others = [[f"`{r['name']}`", _figures(r)] for r in run["results"] if "low" not in r]
     parts += ["## Without a reference", grid(["benchmark", "figures"], others)]
     if run["skipped"]:
         skipped = [[f"`{s['name']}`", s["reason"]] for s in run["skipped"]]

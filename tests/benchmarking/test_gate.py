@@ -34,7 +34,7 @@ def step(products):
 
 
 def test_synthetic_step(paired, benchmark):
-    paired(lambda: step(WORK), lambda: step(200))
+    paired(lambda: step(WORK), lambda: step(1000))
 
 
 def test_not_gated(paired, benchmark):
@@ -68,10 +68,10 @@ def write(folder: Path, benchmarks: object) -> None:
     (folder / "expectations.json").write_text(json.dumps({"benchmarks": benchmarks}))
 
 
-def gate(folder: Path, work: int = 200, *options: str) -> subprocess.CompletedProcess[str]:
+def gate(folder: Path, work: int = 1000, *options: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable, "-m", "pytest", str(folder), "-q", "-p", "no:cacheprovider",
-        "--paired-gate", str(folder / "expectations.json"), "--paired-gate-seconds", "6", *options,
+        "--paired-gate", str(folder / "expectations.json"), "--paired-gate-seconds", "40", *options,
     ]  # fmt: skip
     environment = os.environ | {"WORK": str(work), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -87,7 +87,7 @@ def test_two_runs_in_a_row_pass_under_load(suite: Path, load_on_every_core: None
 
 @pytest.mark.slow
 def test_ten_percent_more_work_fails_under_load(suite: Path, load_on_every_core: None) -> None:
-    done = gate(suite, 220)
+    done = gate(suite, 1100)
     assert done.returncode == 1, done.stdout
     assert "slower than committed" in done.stdout
 
@@ -103,7 +103,7 @@ def test_a_slow_down_of_the_real_step_fails_and_without_it_the_step_passes(tmp_p
         command = [
             sys.executable, "-m", "pytest", str(REPOSITORY / "benchmarks" / "test_step.py"), "-q",
             "-p", "no:cacheprovider", "--paired-gate", str(expectations),
-            "--paired-gate-seconds", "14", *options,
+            "--paired-gate-seconds", "40", *options,
         ]  # fmt: skip
         return subprocess.run(command, capture_output=True, text=True, check=False)
 

@@ -82,6 +82,18 @@ def test_noise_widens_the_interval_and_adaptive_rounds_narrow_it() -> None:
     assert many > few == 20
 
 
+@pytest.mark.parametrize(("cost", "is_above"), [(1.2, True), (1.0, False)])
+def test_a_limit_is_decided_before_the_interval_is_narrow(cost: float, is_above: bool) -> None:
+    work = Work(noise=0.2)
+    result = measure(
+        work.costing("mine", cost), work.costing("theirs", 1.0), 5, clock=work.clock,
+        precision=Precision(half_width=0.0, seconds=60, least=10, limit=1.1),
+    )  # fmt: skip
+    assert (result.low > 1.1) == is_above
+    assert (result.high < 1.1) != is_above
+    assert result.rounds >= 10
+
+
 def test_an_adaptive_measurement_ends_when_its_time_is_used_up() -> None:
     started = time.perf_counter()
     result = measure(
