@@ -18,8 +18,19 @@ if TYPE_CHECKING:
 
     from pinet_fast.report.run_files import RunFiles
 
-_MODELS = {"sasrec": "SASRec"}
-_LOSSES = {"ce": "softmax cross-entropy over the catalogue", "bce": "one sampled negative an event"}
+_MODELS = {
+    "sasrec": "SASRec",
+    "gru4rec": "GRU4Rec",
+    "din": "DIN",
+    "din-mean": "DIN without attention",
+}
+_LOSSES = {
+    "ce": "softmax cross-entropy over the catalogue",
+    "bce": "binary cross-entropy with sampled negatives",
+    "ss": "softmax over sampled negatives, corrected by their probability",
+    "bpr": "Bayesian personalised ranking against sampled negatives",
+    "gbce": "generalised binary cross-entropy with sampled negatives",
+}
 _PRIORS = {
     "uniform": "every stratum counts alike",
     "users": "every stratum counts by its users",
@@ -108,8 +119,21 @@ def _facts(run: RunFiles) -> dict[str, str]:
         "model": _MODELS.get(str(config["model"]), str(config["model"])),
         "loss": f"{loss}: {_LOSSES[loss]}" if loss in _LOSSES else loss,
         "rule_meaning": meaning,
+        "ranked": _ranked(config),
         "final": "plugin heads on the backbone" if run.final == "heads" else "backbone",
     }
+
+
+def _ranked(config: dict[str, Any]) -> str:
+    """Say among which items held-out events were ranked; runs of old have no such option."""
+    negatives = config.get("eval_negatives", 0)
+    if not negatives:
+        return "all items that the user has not had"
+    how = "evenly" if config.get("eval_dist", "uniform") == "uniform" else "by popularity"
+    return (
+        f"{negatives} negatives drawn {how}, always the same, that the user has not had; that is "
+        "much easier than ranking among all items"
+    )
 
 
 def _groups(run: RunFiles) -> list[dict[str, Any]]:

@@ -140,3 +140,43 @@ def test_chosen_rows_keep_their_layout(how: str) -> None:
             values = losses()
         opt.backward(values)
         assert_gradients(both, [g[s] for g in expected])
+
+
+class Joined(nn.Module):
+    """Parts of chosen rows side by side: 5 rows of 7 users, [5, 6] from two [5, 3]."""
+
+    def __init__(self, *, flat: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.last = nn.Linear(6, 2)
+        self.flat = flat
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        parts = [torch.tanh(part(x))[chosen] for part in (self.first, self.second)]
+        if self.flat:  # the rows themselves are concatenated: nothing tells whose they are
+            return self.last(torch.cat(parts, 0).repeat(1, 2))
+        return self.last(torch.cat(parts, 1))
+
+
+def test_rows_are_followed_through_parts_side_by_side() -> None:
+    torch.manual_seed(0)
+    model, x = Joined().double(), torch.randn(7, 3, dtype=torch.float64)
+    chosen = torch.tensor([6, 1, 1, 4, 0])
+
+    def losses() -> Tensor:
+        each = model(x, chosen).pow(2).sum(1)
+        return torch.zeros(7, dtype=torch.float64).index_add(0, chosen, each)
+
+    expected = autograd_stratum_gradients(losses, IDS, [*model.parameters()], S)
+    opt = aggregator(model, Backdoor(one_hot(1)))
+    with opt.stratify(IDS):
+        values = losses()
+    opt.backward(values)
+    assert_gradients(model, [g[1] for g in expected])
+
+
+def test_rows_one_after_the_other_are_not_guessed() -> None:
+    model, x = Joined(flat=True).double(), torch.randn(7, 3, dtype=torch.float64)
+    opt = aggregator(model)
+    with pytest.raises(PinetError), opt.stratify(IDS):
+        model(x, torch.tensor([6, 1, 1, 4, 0]))

@@ -9,6 +9,7 @@ import pytest
 
 from pinet_fast.errors import ConfigError
 from pinet_fast.report import RunFiles, write_report
+from pinet_fast.report.html import render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -198,3 +199,12 @@ def test_place_that_cannot_be_written(make_run):
     folder = make_run()
     with pytest.raises(ConfigError, match="cannot write there"):
         write_report(RunFiles.load(folder), folder / "absent" / "report.html")
+
+
+def test_the_page_says_among_what_targets_were_ranked(make_run):
+    full = render(RunFiles.load(make_run(name="full")))
+    assert "ranked among all items that the user has not had" in full
+    options = {"eval_negatives": 100, "eval_dist": "popularity"}
+    sampled = render(RunFiles.load(make_run(name="sampled", extra_config=options)))
+    assert "ranked among 100 negatives drawn by popularity" in sampled
+    assert "much easier" in sampled
