@@ -221,6 +221,6 @@ def _leak_message(site: Site, stratum: int, leak: float, own: float, names: Sequ
         f"({share}). The model mixes users across rows (in-batch negatives, batch statistics), or "
         "another dimension holds the rows. Give the ragged layout by stratify(strata, "
         "lengths=...) or rows=..., mark work whose rows belong to no user by `with opt.shared():`, "
-        'accept it by stratify(..., leaks="attribute-by-row"), or pay for S backwards with '
-        'GradientAggregator(..., mode="exact")'
+        'accept it by GradientAggregator(..., leaks="attribute-by-row"), or pay for S backwards '
+        'with GradientAggregator(..., mode="exact")'
     )

@@ -58,7 +58,7 @@ MESSAGES: dict[str, tuple[Any, type[PinetError], tuple[str, ...]]] = {
             r"\d",  # the size of the leak
             r"shared\(\)",
             r"rows=",
-            r'leaks="attribute-by-row"',
+            r'GradientAggregator\(\.\.\., leaks="attribute-by-row"\)',
             r'mode="exact"',
         ),
     ),
