@@ -25,6 +25,11 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
       " Tensor sorted_rows, int[] row_offsets, Tensor ids, Tensor(a!)? grad_rows,"
       " Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()");
   m.def(
+      "stratified_linear_fused(Tensor grad, Tensor? weight, Tensor rows, int[] row_offsets,"
+      " Tensor? order, Tensor(a!)? grad_rows, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias)"
+      " -> ()");
+  m.def("cpu_has_tuned_blas() -> bool");
+  m.def(
       "ragged_attention(Tensor qkv, Tensor offsets, float dropout, int seed, Tensor(a!) out,"
       " Tensor(b!) lse) -> ()");
   m.def(

@@ -1,4 +1,7 @@
-"""C++ backend of ``stratified_linear_backward``; specification: ``csrc/stratified_linear.h``."""
+"""C++ backend of ``stratified_linear_backward``: by the vendor's BLAS, or fused.
+
+Specifications: ``csrc/stratified_linear.h`` and ``csrc/fused_linear.h``.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,29 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+
+_FUSED_WEIGHT = 2**16  # numbers of a weight that stay in a cache beside the rows
+
+
+@functools.cache
+def has_tuned_blas() -> bool:
+    """Return whether the vendor's BLAS has kernels made for this processor."""
+    return bool(torch.ops.pinet_cpp.cpu_has_tuned_blas())
+
+
+def is_fused(dtype: torch.dtype, num_strata: int, size: int) -> bool:
+    """Return whether the fused kernel serves.
+
+    Where it does is decided by the processor, the shapes and the dtype alone, and not for one
+    stratum, whose bits are to be those of torch's own backward.
+    """
+    return (
+        dtype is torch.float32
+        and num_strata > 1
+        and size <= _FUSED_WEIGHT
+        and not has_tuned_blas()
+    )
 
 
 def is_supported(
@@ -45,6 +71,11 @@ def run(
     precision: str = "ieee",
 ) -> None:
     """Write the gradients that are wanted; arguments as of the reference."""
+    if is_fused(rows.dtype, len(row_offsets) - 1, grad.shape[1] * rows.shape[1]):
+        torch.ops.pinet_cpp.stratified_linear_fused(
+            grad, weight, rows, row_offsets, order, grad_rows, grad_weight, grad_bias
+        )
+        return
     by_stratum = (grad, rows)
     if order is not None and grad_weight is not None:
         by_stratum = (grad.index_select(0, order), rows.index_select(0, order))
