@@ -111,7 +111,7 @@ def test_a_zero_last_layer_hides_the_leak_and_leaves_the_site_armed() -> None:
         losses = model(x) + model.outer(x).sum(1)
     step(opt, losses)
     assert opt.report.leak == "armed"
-    assert "inner.weight: linear, users in dim 0, use 1: unproven" in str(opt.coverage())
+    assert r"inner.weight: linear, cpp, users in dim 0, use 1: unproven" in str(opt.coverage())
     with opt.stratify(STRATA):  # the last layer moved: now the leak shows
         losses = model(x)
     with pytest.raises(StratumLeakError, match=r"inner"):
