@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from pinet_fast.errors import AggregationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from pinet_fast.aggregation.leak_check import LeakCheck
 
@@ -68,13 +68,19 @@ def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
     return stance
 
 
-def retained_buffers() -> AbstractContextManager[None]:
+@contextmanager
+def retained_buffers() -> Iterator[None]:
     """Have compiled graphs keep their buffers for more than one backward, as a leak check needs.
 
     To be entered where they are compiled and where they run backward.
     """
     config = torch._functorch.config
-    return config.patch(donated_buffer=False)  # type: ignore[no-any-return]
+    before = config.donated_buffer
+    config.donated_buffer = False  # config.patch() would leave something behind at every step
+    try:
+        yield
+    finally:
+        config.donated_buffer = before
 
 
 _TRACED = (
