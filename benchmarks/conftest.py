@@ -82,14 +82,14 @@ def paired(
     gate = request.config.pluginmanager.get_plugin(_GATE)
     name = name_of(request.node.nodeid)
 
-    def judged(candidate: Callable[[], Any], reference: Callable[[], Any]) -> PairedResult:
+    def judged(
+        candidate: Callable[[], Any], reference: Callable[[], Any]
+    ) -> tuple[PairedResult, bool]:
         result, verdict = gate.judge(name, candidate, reference)
         expected = gate.expectations[name]
         with capsys.disabled():
             print(f"\n{name}: {result}, expected {expected.ratio:.3f}: {verdict}")
-        if verdict == "slower":
-            pytest.fail(message(name, expected, result), pytrace=False)
-        return result
+        return result, verdict == "slower"
 
     def run(
         candidate: Callable[[], Any],
@@ -101,12 +101,13 @@ def paired(
         floor_s: float | None = None,
         check: Callable[[], Any] | None = None,
     ) -> PairedResult:
+        is_slower = False
         if check is not None:
             check()
         if benchmark.disabled:  # correctness of the benchmark only
             result = measure(candidate, reference, 2)
         elif gate is not None:
-            result = judged(candidate, reference)
+            result, is_slower = judged(candidate, reference)
         else:
             result = measure(candidate, reference, rounds)
         result = replace(
@@ -115,6 +116,8 @@ def paired(
         )  # fmt: skip
         benchmark.extra_info.update(result.facts(), threads=torch.get_num_threads())
         benchmark.pedantic(candidate, rounds=1 if gate else 3, iterations=1)
+        if is_slower:
+            pytest.fail(message(name, gate.expectations[name], result), pytrace=False)
         if gate is None and not benchmark.disabled:
             with capsys.disabled():
                 print(f"\n{request.node.name}: {result}")

@@ -90,6 +90,7 @@ def test_ten_percent_more_work_fails_under_load(suite: Path, load_on_every_core:
     done = gate(suite, 1100)
     assert done.returncode == 1, done.stdout
     assert "slower than committed" in done.stdout
+    assert "1 failed, 1 deselected in" in done.stdout
 
 
 @pytest.mark.slow
