@@ -35,10 +35,7 @@ def is_fused(dtype: torch.dtype, num_strata: int, size: int) -> bool:
     stratum, whose bits are to be those of torch's own backward.
     """
     return (
-        dtype is torch.float32
-        and num_strata > 1
-        and size <= _FUSED_WEIGHT
-        and not has_tuned_blas()
+        dtype is torch.float32 and num_strata > 1 and size <= _FUSED_WEIGHT and not has_tuned_blas()
     )
 
 

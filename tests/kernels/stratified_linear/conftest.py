@@ -8,16 +8,21 @@ from pathlib import Path
 import pytest
 
 from pinet_fast.kernels import _registry
+from pinet_fast.kernels.stratified_linear import _cpp
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(params=["reference", pytest.param("cpp", marks=pytest.mark.cpp)])
-def backend(request):
+# The C++ backend has two kernels, of which the processor decides: both are tested on every one.
+CPP = [pytest.param(name, marks=pytest.mark.cpp) for name in ("cpp by BLAS", "cpp fused")]
+
+
+@pytest.fixture(params=["reference", *CPP])
+def backend(request, monkeypatch):
     """Return a backend for CPU tensors."""
-    (found,) = [
-        b for b in _registry.backends("stratified_linear_backward") if b.name == request.param
-    ]
+    name, _, kernel = request.param.partition(" ")
+    (found,) = [b for b in _registry.backends("stratified_linear_backward") if b.name == name]
     if reason := found.probe():
-        pytest.skip(f"{found.name}: {reason}")
+        pytest.skip(f"{name}: {reason}")
+    monkeypatch.setattr(_cpp, "has_tuned_blas", lambda: kernel != "fused")
     return found

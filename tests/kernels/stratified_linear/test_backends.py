@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from stratified_linear_cases import LAYOUTS, assert_close, make_matrix, make_strata, oracle
 
 from pinet_fast.kernels import stratified_linear_backward
+from pinet_fast.kernels._library import library_refusal
+from pinet_fast.kernels.stratified_linear import _cpp
 
 fixture_is_constant = settings(
     max_examples=80,
@@ -142,6 +144,62 @@ def test_repeats_are_equal_to_the_bit(backend, is_sorted):
     )
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("count", [500, 3000])
+def test_fused_kernel_has_the_same_bits_for_any_number_of_threads(count, is_sorted, monkeypatch):
+    if reason := library_refusal():
+        pytest.skip(reason)
+    monkeypatch.setattr(_cpp, "has_tuned_blas", lambda: False)
+    grad, rows, weight, (ids, offsets, order) = sample(count, 64, 65, is_sorted=is_sorted)
+    outs = []
+    before = torch.get_num_threads()
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        try:
+            outs.append(
+                stratified_linear_backward(grad, rows, weight, ids, offsets, order, backend="cpp")
+            )
+        finally:
+            torch.set_num_threads(before)
+    for other in outs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outs[0], other, strict=True))
+
+
+def test_fused_kernel_serves_what_it_is_made_for(monkeypatch):
+    monkeypatch.setattr(_cpp, "has_tuned_blas", lambda: False)
+    assert _cpp.is_fused(torch.float32, 2, 192 * 64)
+    assert not _cpp.is_fused(torch.float64, 2, 192 * 64)
+    assert not _cpp.is_fused(torch.float32, 1, 192 * 64)  # torch's own bits
+    assert not _cpp.is_fused(torch.float32, 2, 12_101 * 64)  # no cache holds this weight
+    monkeypatch.setattr(_cpp, "has_tuned_blas", lambda: True)
+    assert not _cpp.is_fused(torch.float32, 2, 192 * 64)
+
+
+@pytest.mark.cpp
+def test_fused_kernel_refuses_what_it_would_read_out_of_bounds():
+    if reason := library_refusal():
+        pytest.skip(reason)
+    grad, rows, weight, (ids, offsets, order) = sample(count=20, is_sorted=False)
+    fused = torch.ops.pinet_cpp.stratified_linear_fused
+    outs = rows.new_empty(20, 17), rows.new_empty(4, 24, 17), rows.new_empty(4, 24)
+    fused(grad, weight, rows, offsets, order, *outs)
+    assert_close(outs, grad, rows, weight, ids, 4)
+    for wrong in (
+        (grad, weight, rows, offsets, order + 1, *outs),
+        (grad, weight, rows, (0, 5, 3, 7, 20), order, *outs),
+        (grad, weight, rows, (0, 5, 6, 7, 21), order, *outs),
+        (grad, weight[:-1], rows, offsets, order, *outs),
+        (grad, None, rows, offsets, order, *outs),
+        (grad[:-1], weight, rows, offsets, order, *outs),
+        (grad.double(), weight, rows, offsets, order, *outs),
+        (grad, weight, rows, offsets, order, outs[0][:-1], *outs[1:]),
+        (grad, weight, rows, offsets, order, outs[0], outs[1].transpose(1, 2), outs[2]),
+    ):
+        with pytest.raises(RuntimeError, match="stratified_linear_fused"):
+            fused(*wrong)
 
 
 def test_addresses_beyond_int32(backend):
