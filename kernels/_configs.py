@@ -34,7 +34,7 @@ def lookup(op: str, device: torch.device, dtype: str, bucket: str) -> dict[str, 
     Raises:
         KeyError: The table has no entry that holds.
     """
-    return dict(_tried.get((op, bucket)) or _found(op, arch_of(device), dtype, bucket))
+    return dict(_tried.get((op, bucket)) or of_arch(op, arch_of(device), dtype, bucket))
 
 
 @contextmanager
@@ -67,7 +67,8 @@ def tables() -> list[str]:
 
 
 @functools.cache
-def _found(op: str, arch: str, dtype: str, bucket: str) -> dict[str, int]:
+def of_arch(op: str, arch: str, dtype: str, bucket: str) -> dict[str, int]:
+    """Return the config that holds for an architecture, ``sm_90`` for example; see ``lookup``."""
     for key in ((arch, dtype), ("any", dtype), ("any", "any")):
         for entry in table(op):
             if (entry["arch"], entry["dtype"]) == key and entry["bucket"] == bucket:

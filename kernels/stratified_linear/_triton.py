@@ -210,6 +210,7 @@ def run(
         *slots, grad, rows, None if order is None else order.contiguous(), tasks, wide, deep,
         grad.stride(0), rows.stride(0), **options,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
+        maxnreg=config.get("maxnreg"),
     )  # fmt: skip
     if num_tasks > strata:
         for out, partial in zip(outs, slots, strict=True):

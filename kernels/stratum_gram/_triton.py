@@ -209,7 +209,12 @@ def run(grads, out, reverse=False):
     partial = torch.empty((num_chunks, strata, strata), dtype=torch.float64, device=device)
     if num_chunks:
         _stratum_gram_chunk_kernel[(num_chunks,)](
-            partial, table, owners, **options, num_warps=config["num_warps"]
+            partial,
+            table,
+            owners,
+            **options,
+            num_warps=config["num_warps"],
+            maxnreg=config.get("maxnreg"),
         )
     _stratum_gram_fold_kernel[(len(rows),)](
         out, partial, first, **fold_options(strata, reverse), num_warps=_FOLD_WARPS

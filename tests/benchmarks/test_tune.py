@@ -98,7 +98,7 @@ def test_entries_replace_their_like_and_are_found(tune, folder, monkeypatch):
         tune.write(folder, "stratum_sums", entry)
     assert len(json.loads((folder / "stratum_sums.json").read_text())) == before + 1
     _configs.table.cache_clear()
-    _configs._found.cache_clear()
+    _configs.of_arch.cache_clear()
     try:
         assert present()["TILES"] == 99
         other = _configs.lookup("stratum_sums", torch.device("cpu"), "bfloat16", "all")
@@ -107,7 +107,7 @@ def test_entries_replace_their_like_and_are_found(tune, folder, monkeypatch):
             _configs.lookup("stratum_sums", torch.device("cpu"), "float32", "wide")
     finally:
         _configs.table.cache_clear()
-        _configs._found.cache_clear()
+        _configs.of_arch.cache_clear()
 
 
 def test_grids_and_targets_name_what_the_tables_hold(tune):

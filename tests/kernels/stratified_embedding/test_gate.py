@@ -58,7 +58,7 @@ def compile_case(case):
 
     kind, arch, name, width = case
     dtype = getattr(torch, name)
-    config = _configs.lookup("stratified_embedding", torch.device("cpu"), name, "all")
+    config = _configs.of_arch("stratified_embedding", f"sm_{arch}", name, "all")
     options = _triton.launch_options(width, dtype, True, config)
     wide = pointer("float64" if dtype is torch.float64 else "float32")
     kernel = {"slots": _triton._slots_kernel, "long": _triton._long_cells_kernel}.get(

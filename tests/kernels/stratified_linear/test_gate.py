@@ -79,8 +79,8 @@ def compile_case(case):
         )
     name, precision, width, has_order = rest
     dtype = getattr(torch, name)
-    config = _configs.lookup(
-        "stratified_linear_backward", torch.device("cpu"), _triton.config_dtype(dtype, precision),
+    config = _configs.of_arch(
+        "stratified_linear_backward", f"sm_{arch}", _triton.config_dtype(dtype, precision),
         _triton.bucket(width, width),
     )  # fmt: skip
     pointers = {
@@ -95,6 +95,7 @@ def compile_case(case):
         divisible=("wide", "deep", "grad_stride", "rows_stride"),
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
+        maxnreg=config.get("maxnreg"),
     )
 
 

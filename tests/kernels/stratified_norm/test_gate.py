@@ -70,7 +70,7 @@ def compile_case(case):
         "ids_ptr": "*i64",
     }
     bucket = _triton.row_bucket(width) if kind == "rows" else "columns"
-    config = _configs.lookup("stratified_norm_backward", torch.device("cpu"), dtype, bucket)
+    config = _configs.of_arch("stratified_norm_backward", f"sm_{arch}", dtype, bucket)
     if kind == "rows":
         kernel = _triton._norm_rows_kernel
         fused = _triton.is_fused(strata, width, compute)

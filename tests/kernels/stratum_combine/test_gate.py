@@ -53,7 +53,7 @@ def compile_case(case):
 
     arch, name, strata, has_rows = case
     dtype = getattr(torch, name)
-    config = _configs.lookup("stratum_combine", torch.device("cpu"), name, "all")
+    config = _configs.of_arch("stratum_combine", f"sm_{arch}", name, "all")
     return compile_kernel(
         _triton._stratum_combine_kernel,
         {"table_ptr": "*i64", "owner_ptr": "*i32", "weight_ptr": "*fp64", "scale_ptr": "*fp64"},

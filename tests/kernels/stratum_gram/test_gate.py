@@ -72,12 +72,14 @@ def compile_case(case):
             arch,
         )
     dtype, strata = rest
-    config = _configs.lookup("stratum_gram", torch.device("cpu"), dtype, "all")
+    config = _configs.of_arch("stratum_gram", f"sm_{arch}", dtype, "all")
     return compile_kernel(
         _triton._stratum_gram_chunk_kernel,
         {"partial_ptr": "*fp64", "table_ptr": "*i64", "owner_ptr": "*i32"},
         _triton.launch_options(strata, getattr(torch, dtype), is_aligned=True, config=config),
         arch,
+        num_warps=config["num_warps"],
+        maxnreg=config.get("maxnreg"),
     )
 
 

@@ -68,7 +68,7 @@ def compile_case(case):
         )
     strata, width = rest
     compute = torch.float64 if dtype == "float64" else torch.float32
-    config = _configs.lookup("stratum_sums", torch.device("cpu"), dtype, "all")
+    config = _configs.of_arch("stratum_sums", f"sm_{arch}", dtype, "all")
     return compile_kernel(
         _triton._stratum_sums_chunk_kernel,
         {
