@@ -30,6 +30,13 @@ def describe() -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """Return the processor and the instructions that torch uses of it: ratios differ by both."""
+    import torch
+
+    return f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from benchmarks.harness import machine
 from benchmarks.harness.gate import Expectation, load
 from benchmarks.harness.pairing import PairedResult
 
@@ -64,8 +65,9 @@ def load_on_every_core() -> Iterator[None]:
         process.wait()
 
 
-def write(folder: Path, benchmarks: object) -> None:
-    (folder / "expectations.json").write_text(json.dumps({"benchmarks": benchmarks}))
+def write(folder: Path, benchmarks: object, processor: str | None = None) -> None:
+    content = {"processors": {processor or machine.processor(): {"benchmarks": benchmarks}}}
+    (folder / "expectations.json").write_text(json.dumps(content))
 
 
 def gate(folder: Path, work: int = 1000, *options: str) -> subprocess.CompletedProcess[str]:
@@ -145,7 +147,28 @@ def test_a_renamed_benchmark_is_an_error(suite: Path) -> None:
     assert "no benchmark is called test_synthetic.py::test_old_name" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"benchmarks": {"a": {"seconds": 1}}}'])
+def test_another_processor_has_expectations_of_its_own(suite: Path) -> None:
+    name = "test_synthetic.py::test_synthetic_step"
+    write(suite, {name: {"ratio": 0.1}}, "Another, AVX9")
+    skipped = gate(suite, 1000, "-rs")
+    assert skipped.returncode == 0, skipped.stdout
+    assert "1 skipped, 1 deselected" in skipped.stdout
+    assert f"has no ratios of {machine.processor()}" in skipped.stdout
+    noted = gate(suite, 1000, "--paired-gate-update")
+    assert noted.returncode == 0, noted.stdout
+    assert load(suite / "expectations.json")[name].ratio > 0.5
+    assert load(suite / "expectations.json", "Another, AVX9")[name].ratio == 0.1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"processors": []}',
+        '{"processors": {"p": {"benchmarks": {"a": {"seconds": 1}}}}}',
+    ],
+)
 def test_broken_expectations_say_how_to_make_them(tmp_path: Path, content: str) -> None:
     path = tmp_path / "expectations.json"
     path.write_text(content)
@@ -154,5 +177,5 @@ def test_broken_expectations_say_how_to_make_them(tmp_path: Path, content: str) 
 
 
 def test_committed_expectations_name_the_step() -> None:
-    names = load(REPOSITORY / "benchmarks" / "expectations.json")
+    names = load(REPOSITORY / "benchmarks" / "expectations.json", "AMD EPYC, AVX512")
     assert any(name.startswith("test_step.py::test_aggregated_step[agreement") for name in names)
