@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import shlex
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from pinet_fast import _env
 from pinet_fast.cli.console import Output, output
+from pinet_fast.cli.run_options import resolved
 from pinet_fast.cli.train import train
 from pinet_fast.data import simulate_log
 from pinet_fast.data.compiling import told
@@ -26,11 +28,12 @@ from pinet_fast.training.recipe import Recipe
 from pinet_fast.training.run_folder import RunFolder
 from pinet_fast.training.step_profile import StepProfile, profile_steps, run_bracketed, warm_up
 
-# Options of a whole run, which mean nothing to a few steps.
+# Options of a run's config that mean nothing to a few steps, or that the command has itself.
 _NOT_TAKEN = frozenset({
-    "context", "data", "out", "resume", "rule", "epochs", "patience", "eval_every", "heads",
-    "head_epochs", "head_lr", "log_every", "as_json", "quiet",
+    "data", "rule", "epochs", "patience", "stop_on", "eval_every", "eval_negatives", "eval_dist",
+    "heads", "head", "head_epochs", "head_lr", "log_every",
 })  # fmt: skip
+_TAKEN = frozenset(f.name for f in dataclasses.fields(RunConfig)) - _NOT_TAKEN
 
 
 def profile(
@@ -65,7 +68,9 @@ def profile(
         if data is None:
             shown.note("no --data: the log is SIMULATED")
             data = simulate_log(Path(folder) / "simulated.parquet", seed=options["seed"])
-        config = RunConfig(data=str(data), rule=rule, heads=False, **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        given |= {"data": str(data), "rule": rule, "heads": False}
+        config = resolved(given, config_file=None, settings=None)
         inputs = load_inputs(config, _Notes(shown))
         stage = Recipe(config, inputs, RunFolder(Path(folder) / "run"), Observer()).stage1
         batches = warm_up(stage, warmup)
@@ -139,7 +144,7 @@ def _take_options_of_train() -> None:
     taken = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
         for name, p in inspect.signature(train).parameters.items()
-        if name not in _NOT_TAKEN
+        if name in _TAKEN
     ]
     own = get_type_hints(profile, include_extras=True)
     first = [

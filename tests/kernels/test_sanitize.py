@@ -67,6 +67,7 @@ def sanitized(bare_checkout, compiler, runtime):
 def test_kernels_touch_nothing_that_is_not_theirs(sanitized, runtime, run_isolated):
     arguments = [*TESTS, "-v", "-s", "-k", f"cpp and {LEFT_OUT}", "-p", "no:cacheprovider"]
     arguments += ["-o", "addopts=--import-mode=importlib --benchmark-disable"]
+    arguments += ["-o", "pythonpath=tests"]  # not the root: it would hide the sanitized checkout
     code = f"import sys, pytest; sys.exit(pytest.main({arguments!r}))"
     printed = run_isolated(
         sanitized,
