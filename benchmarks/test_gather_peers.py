@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.test_gather import BATCH, FAR, MAX_LEN, Case, case, fast, stream, windows
+from benchmarks.test_gather import BATCH, FAR, MAX_LEN, Case, Stream, case, fast, windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def test_gather_over_pyarrow_take(case: Case, paired: Callable[..., Any], benchm
     taken = column.take(pa.array(users))
     for row, window in zip(taken[:50].to_pylist(), windows(case, users[:50]), strict=True):
         assert row[-MAX_LEN:] == window.tolist()
-    paired(stream(mine), stream(lambda: column.take(pa.array(next(turn)))), rounds=30)
+    paired(Stream(mine), Stream(lambda: column.take(pa.array(next(turn)))), rounds=30)
 
 
 def test_gather_over_numpy_slices(case: Case, paired: Callable[..., Any], benchmark: Any) -> None:
@@ -35,7 +35,7 @@ def test_gather_over_numpy_slices(case: Case, paired: Callable[..., Any], benchm
     mine, turn = fast(case), itertools.cycle(case.batches[FAR:])
     users = next(turn)
     assert (np.concatenate(windows(case, users)) == mine.batch(users)).all()
-    paired(stream(mine), stream(lambda: np.concatenate(windows(case, next(turn)))), rounds=15)
+    paired(Stream(mine), Stream(lambda: np.concatenate(windows(case, next(turn)))), rounds=15)
 
 
 class Windows(Dataset[torch.Tensor]):
@@ -67,4 +67,4 @@ def test_gather_over_torch_loader(case: Case, paired: Callable[..., Any], benchm
     assert rows.shape[0] == BATCH
     assert (rows[rows > 0].numpy() == mine.batch(case.batches[FAR])).all()
     mine.next = 0
-    paired(stream(mine), stream(lambda: next(theirs)), rounds=6)
+    paired(Stream(mine), Stream(lambda: next(theirs)), rounds=6)
