@@ -77,12 +77,13 @@ def stratum_losses(losses: Tensor, weights: Tensor | None, rows: BatchRows) -> S
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     totals = _totals(groups, None if weights is None else weights.to(flat))
-    if weights is None:
-        factors = totals.clamp_min(1).reciprocal().to(flat)[groups.ids]
+    zeros = flat.new_zeros(groups.num_strata)
+    if weights is None:  # the factor of a stratum comes last: two passes over the rows less
+        values = zeros.index_add(0, groups.ids, flat) * totals.clamp_min(1).reciprocal().to(flat)
     else:
         scale = torch.where(totals > 0, totals.clamp_min(torch.finfo(totals.dtype).tiny), 1.0)
         factors = weights.flatten().to(flat) / scale.to(flat)[groups.ids]
-    values = flat.new_zeros(groups.num_strata).index_add(0, groups.ids, flat * factors)
+        values = zeros.index_add(0, groups.ids, flat * factors)
     return StratumLosses(values, LossRows(groups.counts, tuple(totals.tolist()), unit))
 
 
