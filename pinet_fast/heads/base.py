@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pinet_fast.aggregation.strata_index import RowGroups
-    from pinet_fast.heads.plugin import PluginHeads
 
-    AnyHeads: TypeAlias = "PluginHeads | Heads"
-    Kind: TypeAlias = Callable[[int, int], AnyHeads]
+    Kind: TypeAlias = Callable[[int, int], "Heads"]
 
 
 class Heads(nn.Module):
@@ -72,7 +70,7 @@ def head_names() -> tuple[str, ...]:
     return tuple(sorted(_KINDS))
 
 
-def make_heads(name: str, num_strata: int, dim: int) -> AnyHeads:
+def make_heads(name: str, num_strata: int, dim: int) -> Heads:
     """Return new heads of a kind.
 
     Args:

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pinet_fast.errors import ConfigError, StrataError
+from pinet_fast.heads.base import Heads
 from pinet_fast.kernels import routed_linear
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.strata_index import RowGroups
 
 
-class PluginHeads(nn.Module):
+class PluginHeads(Heads):
     """``x + up_s(gelu(down_s(x)))`` for rows of stratum s; d to d/2 to d.
 
     ``up`` starts at zero, so that untrained heads are the identity exactly and the backbone's
@@ -45,18 +46,7 @@ class PluginHeads(nn.Module):
         nn.init.normal_(self.down_weight, std=dim**-0.5)
 
     def forward(self, rows: Tensor, groups: RowGroups) -> Tensor:
-        """Route every row to the head of its stratum.
-
-        Args:
-            rows: [N, d].
-            groups: The N rows grouped by stratum, as ``batch.strata.users`` or ``.events``.
-
-        Returns:
-            [N, d], in the order of ``rows``.
-
-        Raises:
-            StrataError: ``groups`` are of another number of rows or strata.
-        """
+        """Route every row to the head of its stratum: as of :class:`Heads`."""
         if groups.num_rows != rows.shape[0] or groups.num_strata != self.num_strata:
             raise StrataError(
                 f"PluginHeads: expected groups of {rows.shape[0]} rows in {self.num_strata} "

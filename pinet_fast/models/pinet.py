@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pinet_fast.aggregation.strata_index import RowGroups
     from pinet_fast.data.batch import RaggedBatch
-    from pinet_fast.heads.base import AnyHeads
+    from pinet_fast.heads.base import Heads
 
 
 class Backbone(Protocol):
@@ -71,7 +71,7 @@ class PINet(nn.Module):
 
     edges: Tensor
 
-    def __init__(self, backbone: nn.Module, heads: AnyHeads, edges: Sequence[int] | None) -> None:
+    def __init__(self, backbone: nn.Module, heads: Heads, edges: Sequence[int] | None) -> None:
         super().__init__()
         edges = [] if edges is None else list(edges)
         if edges and len(edges) != heads.num_strata - 1:
