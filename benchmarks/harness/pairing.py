@@ -138,9 +138,9 @@ def measure(
     for function in (candidate, reference) * _WARM_UP:
         function()
     pairs: list[tuple[float, float]] = []
-    started = time.perf_counter()
     gc.collect()
     gc.disable()
+    started = time.perf_counter()  # a large process is collected for as long as small budgets last
     try:
         while True:
             for _ in range(rounds):
