@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from pinet_fast.kernels import stratified_linear_backward
+from pinet_fast.kernels._library import library_refusal
+from pinet_fast.kernels.stratified_linear import _cpp
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,3 +69,34 @@ def test_linear_over_calls_of_torch(
     for mine, other in zip(ours(), theirs(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-3)
     paired(ours, theirs, rounds=200)
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize(("wide", "deep"), [(64, 64), (192, 64), (50, 33)])
+@pytest.mark.parametrize("kernel", ["fused", "vendor"])
+def test_cpp_kernel_over_one_backward(
+    kernel: str, wide: int, deep: int, is_sorted: bool,
+    paired: Callable[..., Any], benchmark: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Both C++ kernels on this processor, whichever of them it would choose; S = 4."""
+    if reason := library_refusal():
+        pytest.skip(reason)
+    benchmark.group = "linear"
+    monkeypatch.setattr(_cpp, "has_tuned_blas", lambda: kernel == "vendor")
+    *_, ids = inputs(4)
+    ids = ids if is_sorted else ids[torch.randperm(ROWS)]
+    order = None if is_sorted else ids.argsort(stable=True)
+    offsets = (0, *torch.bincount(ids, minlength=4).cumsum(0).tolist())
+    grad, rows, weight = (torch.randn(*s) for s in ((ROWS, wide), (ROWS, deep), (wide, deep)))
+
+    def ours() -> Any:
+        return stratified_linear_backward(grad, rows, weight, ids, offsets, order, backend="cpp")
+
+    def theirs() -> Any:
+        return grad.mm(weight), grad.t().mm(rows), grad.sum(0)
+
+    mine, other = ours(), theirs()
+    torch.testing.assert_close(mine[0], other[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(mine[1].sum(0), other[1], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(mine[2].sum(0), other[2], rtol=1e-4, atol=1e-2)
+    paired(ours, theirs, rounds=100)
