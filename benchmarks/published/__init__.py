@@ -1,0 +1,1 @@
+"""The training runs whose results stand in README, beside the published figures."""
