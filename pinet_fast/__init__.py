@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pinet_fast import rules
-    from pinet_fast.aggregation import AggregationReport, GradientAggregator, StrataIndex
+    from pinet_fast.aggregation import AggregationReport, GradientAggregator, StrataIndex, shared
     from pinet_fast.data import (
         Negatives,
         RaggedBatch,
@@ -46,6 +46,7 @@ __all__ = [
     "prepare",
     "register_head",
     "rules",
+    "shared",
     "train",
 ]
 
@@ -69,6 +70,7 @@ _HOME = {
     "StratifiedBatchSampler": "data",
     "prepare": "data",
     "register_head": "heads",
+    "shared": "aggregation",
     "train": "training",
 }
 

@@ -27,6 +27,7 @@ from pinet_fast.aggregation.gradient_calls import (
 from pinet_fast.aggregation.leak_check import LeakCheck, Site, Use
 from pinet_fast.aggregation.leaves import Root, Term, VirtualLeaves
 from pinet_fast.aggregation.provenance import trace
+from pinet_fast.aggregation.sharing import set_shared
 from pinet_fast.aggregation.slice_rule import SliceProof, slice_rule
 from pinet_fast.errors import BoundaryError, PinetError, RowLayoutError
 
@@ -115,6 +116,9 @@ class Interception(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if func is set_shared:
+            before, self.is_shared = self.is_shared, args[0]
+            return before
         if not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
         if not self.is_shared and not self._meets_root(args, kwargs):

@@ -34,6 +34,7 @@ from pinet_fast.aggregation.pending import PendingGradients
 from pinet_fast.aggregation.report import AggregationReport
 from pinet_fast.aggregation.rules import ConstantRule, Rule, by_name
 from pinet_fast.aggregation.session import Session
+from pinet_fast.aggregation.sharing import shared
 from pinet_fast.aggregation.strata_index import StrataIndex
 from pinet_fast.aggregation.trace_plan import TracePlan
 from pinet_fast.errors import AggregationError, ConfigError, StrataError
@@ -262,7 +263,8 @@ class GradientAggregator(Optimizer):
 
         In-batch negatives, candidate pools, a prototype of the whole batch: what is computed inside
         counts as computed from parameters alone. Its gradient belongs to the stratum whose loss
-        used it, wherever its rows came from.
+        used it, wherever its rows came from. Models that do not know their optimizer say
+        ``with pinet_fast.shared():``.
 
         Example::
 
@@ -280,15 +282,8 @@ class GradientAggregator(Optimizer):
                 "shared: only inside `with opt.stratify(...)`, around the work whose rows belong "
                 "to no user"
             )
-        mode = self._session.interception
-        if mode is None:  # a constant rule, or exact mode: there is nothing to mark
+        with shared():
             yield
-            return
-        before, mode.is_shared = mode.is_shared, True
-        try:
-            yield
-        finally:
-            mode.is_shared = before
 
     def _wants_stratum_gradients(self) -> bool:
         due = self.report_every is not None and self._num_steps % self.report_every == 0

@@ -91,4 +91,4 @@ def _fail(message: str, code: int, label: str = "error") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -35,6 +35,9 @@ class ItemScores(Protocol):
     def candidate_scores(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Return the scores of each row's own items [N, n], [N, n]."""
 
+    def pool_scores(self, hidden: Tensor, items: Tensor) -> Tensor:
+        """Return the scores of items that belong to no row, [n], for states [N, d], [N, n]."""
+
 
 def binary_cross_entropy(positive: Tensor, negatives: Tensor) -> Tensor:
     """Return ``-log sigmoid(s+) - sum_j log(1 - sigmoid(s_j))``, [N].
@@ -145,23 +148,34 @@ class EventLoss:
         targets = event_targets(batch)
         if self.name == "ce":
             return F.cross_entropy(table.scores(hidden), targets, reduction="none")
-        negatives = by_event(self._drawn(batch), batch)
-        # One lookup for the target and its negatives: [T, 1 + n].
-        scores = table.candidate_scores(hidden, torch.cat([targets.unsqueeze(1), negatives], 1))
-        positive, others = scores[:, 0], scores[:, 1:]
+        positive, others = self._scores(table, hidden, targets, batch)
         if self.name == "bce":
             return binary_cross_entropy(positive, others)
         if self.name == "bpr":
             return bayesian_personalised_ranking(positive, others)
         if self.name == "gbce":
-            power = gbce_power(table.num_items, negatives.shape[1], self.calibration)
+            power = gbce_power(table.num_items, others.shape[1], self.calibration)
             return generalised_bce(positive, others, power)
         if batch.negatives_log_q is None:
             raise ConfigError(
                 'loss: "ss" needs batch.negatives_log_q; use negatives=Negatives(log_q=True)'
             )
         log_q = by_event(batch.negatives_log_q, batch)
-        return sampled_softmax(positive, others, log_q, negatives == targets.unsqueeze(1))
+        is_target = by_event(self._drawn(batch), batch) == targets.unsqueeze(1)
+        return sampled_softmax(positive, others, log_q, is_target)
+
+    def _scores(
+        self, table: ItemScores, hidden: Tensor, targets: Tensor, batch: RaggedBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of the targets, [T], and of the negatives, [T, n]."""
+        negatives = self._drawn(batch)
+        if negatives.dim() == 1:
+            others = table.pool_scores(hidden, negatives)
+            return table.candidate_scores(hidden, targets.unsqueeze(1)).squeeze(1), others
+        # One lookup for the target and its negatives: [T, 1 + n].
+        negatives = by_event(negatives, batch)
+        scores = table.candidate_scores(hidden, torch.cat([targets.unsqueeze(1), negatives], 1))
+        return scores[:, 0], scores[:, 1:]
 
     def _drawn(self, batch: RaggedBatch) -> Tensor:
         if batch.negatives is None:

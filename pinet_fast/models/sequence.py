@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pinet_fast.aggregation.sharing import shared
 from pinet_fast.models.losses import EventLoss
 
 if TYPE_CHECKING:
@@ -102,6 +103,15 @@ class SequenceModel(nn.Module):
         """Return the scores of each row's own items, [N, n], for states [N, d] and ids [N, n]."""
         scores: Tensor = (self.scored(items) * hidden.unsqueeze(1)).sum(-1)
         return scores
+
+    def pool_scores(self, hidden: Tensor, items: Tensor) -> Tensor:
+        """Return the scores of a pool of items, [N, n], for states [N, d] and ids [n].
+
+        One product with the n rows of the pool, instead of N n lookups.
+        """
+        with shared():
+            pool = self.scored(items)
+        return F.linear(hidden, pool)
 
     def event_losses(self, hidden: Tensor, batch: RaggedBatch) -> Tensor:
         """Return the loss of every event, [T], from its state [T, d].
