@@ -1,4 +1,4 @@
-"""Runs beside published figures: one row a log, model, loss and rule, seeds averaged."""
+"""Runs beside published figures: one row a log, model, loss, rule and stage, seeds averaged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pinet_fast.report.run_files import RunFiles
+    from pinet_fast.report.run_summary import RunSummary
 
 METRICS = ("ndcg@10", "hr@10")
 _FAR = 0.95  # a run below that share of the published figure is coloured
@@ -60,6 +60,8 @@ class Row:
         ranges: Least and greatest of the runs, by metric.
         tail: Mean NDCG@10 of the least active stratum.
         head: Mean NDCG@10 of the most active stratum.
+        clicks: Mean AUC and GAUC where candidates were scored, ``auc`` and ``gauc``, and of ranking
+            by popularity, ``popularity_auc`` and ``popularity_gauc``; else empty.
         minutes: Mean training time, evaluation left out.
         published: The figure for this log, model and loss, under full ranking; None without one.
         simulated: Whether the log is simulated.
@@ -75,9 +77,16 @@ class Row:
     ranges: dict[str, tuple[float, float]]
     tail: float | None
     head: float | None
+    clicks: dict[str, float]
     minutes: float
     published: Published | None
     simulated: bool
+
+    @property
+    def label(self) -> str:
+        """Return what tells the row from others."""
+        ranked = "" if self.protocol == "full" else f", among {self.protocol}"
+        return f"{self.data}\n{self.model} {self.loss}, {self.rule}{ranked}"
 
 
 def published_figures() -> tuple[Published, ...]:
@@ -92,29 +101,33 @@ def published_figures() -> tuple[Published, ...]:
     )  # fmt: skip
 
 
-def results_rows(runs: Sequence[RunFiles]) -> list[Row]:
+def results_rows(runs: Sequence[RunSummary]) -> list[Row]:
     """Return the rows of runs, in the order in which their first run comes.
+
+    A run with heads gives two rows: its backbone, then the backbone with its heads.
 
     Args:
         runs: Any finished runs, of any logs. Runs are one row if all options but the seed, the
             place of the log and the threads are the same.
     """
     known = {(p.data, p.model, p.loss): p for p in published_figures()}
-    together: dict[str, list[RunFiles]] = defaultdict(list)
+    together: dict[str, list[RunSummary]] = defaultdict(list)
     for run in runs:
         own = {k: v for k, v in run.config.items() if k not in ("seed", "data", "threads")}
         together[json.dumps([run.data.fingerprint, own], sort_keys=True)].append(run)
-    return [_row(same, known) for same in together.values()]
+    return [_row(same, stage, known) for same in together.values() for stage in same[0].stages]
 
 
-def _row(runs: list[RunFiles], known: dict[tuple[str, str, str | None], Published]) -> Row:
+def _row(
+    runs: list[RunSummary], stage: str, known: dict[tuple[str, str, str | None], Published]
+) -> Row:
     first = runs[0]
     data, config = PurePath(first.data.name).stem, first.config
-    finals = [run.test[run.final] for run in runs]
+    finals = [run.test[stage] for run in runs]
     values = {m: [f.overall.metrics[m].mean or 0.0 for f in finals] for m in METRICS}
     negatives = config.get("eval_negatives", 0)
-    heads = f" + {config.get('head', 'plugin')} heads" if first.final == "heads" else ""
-    seconds = [sum(stage.seconds for stage in run.stages.values()) for run in runs]
+    heads = f" + {config.get('head', 'plugin')} heads" if stage == "heads" else ""
+    seconds = [sum(s.seconds for n, s in run.stages.items() if n <= stage) for run in runs]
     key = (data, str(config["model"]), str(config["loss"]))
     return Row(
         data=data,
@@ -127,15 +140,49 @@ def _row(runs: list[RunFiles], known: dict[tuple[str, str, str | None], Publishe
         ranges={m: (min(v), max(v)) for m, v in values.items()},
         tail=_mean([f.strata[0].metrics["ndcg@10"].mean for f in finals]),
         head=_mean([f.strata[-1].metrics["ndcg@10"].mean for f in finals]),
+        clicks=_clicks(runs, stage),
         minutes=sum(seconds) / len(seconds) / 60,
         published=None if negatives else known.get(key),
         simulated=first.data.simulated,
     )
 
 
+def _clicks(runs: list[RunSummary], stage: str) -> dict[str, float]:
+    found = {}
+    for prefix, of in (("", stage), ("popularity_", "popularity")):
+        for metric in ("auc", "gauc"):
+            intervals = [getattr(run.clicks[of], metric) for run in runs if of in run.clicks]
+            mean = _mean([interval.mean for interval in intervals])
+            if mean is not None:
+                found[prefix + metric] = mean
+    return found
+
+
 def _mean(values: list[float | None]) -> float | None:
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None
+
+
+def as_clicks_table(rows: Sequence[Row]) -> Table | None:
+    """Return the rows in which candidates were scored, for a terminal; None if there are none."""
+    rows = [row for row in rows if row.clicks]
+    if not rows:
+        return None
+    table = Table(
+        title="Test AUC and GAUC among candidates, means over seeds", title_justify="left",
+        box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
+    table.add_column("log, model, loss, rule, candidates", overflow="fold", min_width=22)
+    for name in ("runs", "AUC", "by popularity", "GAUC", "by popularity"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        shown = [
+            _shown(row.clicks.get(p + m)) for m in ("auc", "gauc") for p in ("", "popularity_")
+        ]
+        table.add_row(
+            Text(row.label), str(row.runs), *shown,
+        )  # fmt: skip
+    return table
 
 
 def as_rich_table(rows: Sequence[Row]) -> Table:
@@ -151,37 +198,29 @@ def as_rich_table(rows: Sequence[Row]) -> Table:
         title_justify="left",
         caption=Text("\n".join(notes)), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip
-    for name in ("log", "model", "rule", "ranked"):
-        table.add_column(name, overflow="fold")
-    for name in ("runs", "NDCG@10", "HR@10", "tail / head", "published", "ratio"):
-        table.add_column(name, justify="right")
+    table.add_column("log, model, loss, rule", overflow="fold", min_width=22)
+    for name in ("runs", "NDCG@10", "HR@10", "tail\nhead", "published\nratio"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
+        low, high = row.ranges["ndcg@10"]
+        spread = f"\n{low:.4f}-{high:.4f}" if row.runs > 1 else ""
         table.add_row(
-            Text(row.data),
-            f"{row.model} {row.loss}",
-            Text(row.rule),
-            row.protocol,
+            Text(row.label),
             str(row.runs),
-            *(_with_range(row, metric) for metric in METRICS),
-            f"{_shown(row.tail)} / {_shown(row.head)}",
-            *_published(row, number),
+            f"{row.means['ndcg@10']:.4f}{spread}",
+            f"{row.means['hr@10']:.4f}",
+            f"{_shown(row.tail)}\n{_shown(row.head)}",
+            _published(row, number),
         )
     return table
 
 
-def _with_range(row: Row, metric: str) -> str:
-    low, high = row.ranges[metric]
-    spread = f"\n{low:.4f}-{high:.4f}" if row.runs > 1 else ""
-    return f"{row.means[metric]:.4f}{spread}"
-
-
-def _published(row: Row, number: dict[str, int]) -> tuple[Text, Text]:
-    if row.published is None:
-        return Text("-", style="dim"), Text("")
-    value, ratio = row.published.values["ndcg@10"], _ratio(row)
-    assert ratio is not None
-    mark = Text(f"{value:.4f} [{number[row.published.source]}]")
-    return mark, Text(f"{ratio:.2f}", style="red" if ratio < _FAR else "green")
+def _published(row: Row, number: dict[str, int]) -> Text:
+    ratio = _ratio(row)
+    if row.published is None or ratio is None:
+        return Text("-", style="dim")
+    mark = f"{row.published.values['ndcg@10']:.4f} [{number[row.published.source]}]\n"
+    return Text(mark).append(f"{ratio:.2f}", style="red" if ratio < _FAR else "green")
 
 
 def _ratio(row: Row) -> float | None:
@@ -203,7 +242,9 @@ def as_table_csv(rows: Sequence[Row]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     header = ("data", "model", "loss", "rule", "protocol", "runs")
     metrics = [f"{m}{part}" for m in METRICS for part in ("", "_low", "_high")]
-    tail = ("tail_ndcg@10", "head_ndcg@10", "minutes", "published_ndcg@10", "published_hr@10",
+    clicks = ("auc", "gauc", "popularity_auc", "popularity_gauc")
+    tail = ("tail_ndcg@10", "head_ndcg@10", *clicks, "minutes", "published_ndcg@10",
+            "published_hr@10",
             "ratio", "published_protocol", "source", "simulated")  # fmt: skip
     writer.writerow([*header, *metrics, *tail])
     for row in rows:
@@ -211,7 +252,7 @@ def as_table_csv(rows: Sequence[Row]) -> str:
         for metric in METRICS:
             values += [row.means[metric], *row.ranges[metric]]
         found = row.published
-        values += [row.tail, row.head, row.minutes]
+        values += [row.tail, row.head, *(row.clicks.get(name) for name in clicks), row.minutes]
         values += [found.values[m] if found else None for m in METRICS]
         values += [_ratio(row), found.protocol if found else None, found.source if found else None]
         writer.writerow([*values, row.simulated])

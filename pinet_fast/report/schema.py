@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pinet_fast.report._json import Node
 
 METRICS = tuple(f"{name}@{k}" for name in ("ndcg", "hr", "mrr") for k in (5, 10, 20))
@@ -72,6 +74,35 @@ class Evaluation:
         if len(strata) != num_strata:
             node["strata"].wrong(f"{num_strata} strata")
         return cls(Group.read(node["overall"]), strata)
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """How well candidates are told apart: AUC over all of them, and GAUC, the mean over users."""
+
+    auc: Interval
+    gauc: Interval
+    strata_gauc: tuple[Interval, ...]
+
+    @classmethod
+    def read(cls, node: Node) -> Clicks:
+        """Read it from metrics.json."""
+        overall = node["overall"]
+        return cls(
+            Interval.read(overall["auc"]),
+            Interval.read(overall["gauc"]),
+            tuple(Interval.read(group["gauc"]) for group in node["strata"]),
+        )
+
+    @classmethod
+    def read_all(cls, top: Node, stages: Sequence[str]) -> dict[str, Clicks]:
+        """Read those of a run: by stage, and of ``popularity``; empty under full ranking."""
+        test = top.get("clicks")
+        if test.is_null or not test["test"].mapping():
+            return {}
+        found = {stage: cls.read(test["test"][stage]) for stage in stages}
+        popular = top["baselines"]["popularity"]["clicks"]
+        return found if popular.is_null else found | {"popularity": cls.read(popular)}
 
 
 @dataclass(frozen=True)
