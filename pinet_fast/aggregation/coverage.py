@@ -51,6 +51,7 @@ _KERNELS = {
     ),
     **dict.fromkeys(("embedding", "embedding_bag"), "stratified_embedding_reduce"),
     "layer_norm": "stratified_norm_backward",
+    "group_norm": "stratum_sums",
 }
 
 
