@@ -268,6 +268,7 @@ def default_rules() -> dict[Any, BoundaryRule]:
     """Return the boundary rules by torch function."""
     # They use bind of this file.
     from pinet_fast.aggregation.broadcast_rules import broadcast_rules
+    from pinet_fast.aggregation.convolution_rules import convolution_rules
     from pinet_fast.aggregation.lookup_rules import lookup_rules
     from pinet_fast.aggregation.recurrent_rules import recurrent_rules
 
@@ -277,6 +278,7 @@ def default_rules() -> dict[Any, BoundaryRule]:
     rules |= dict.fromkeys((torch.addmm, Tensor.addmm), _addmm)
     rules |= dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), _prelu)
     rules |= broadcast_rules()
+    rules |= convolution_rules()
     rules |= lookup_rules()
     rules |= recurrent_rules()
     for name in ("matmul", "mm"):
