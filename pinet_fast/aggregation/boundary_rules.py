@@ -270,6 +270,7 @@ def default_rules() -> dict[Any, BoundaryRule]:
     from pinet_fast.aggregation.broadcast_rules import broadcast_rules
     from pinet_fast.aggregation.convolution_rules import convolution_rules
     from pinet_fast.aggregation.lookup_rules import lookup_rules
+    from pinet_fast.aggregation.product_rules import product_rules
     from pinet_fast.aggregation.recurrent_rules import recurrent_rules
 
     rules: dict[Any, BoundaryRule] = {F.linear: _linear, F.layer_norm: _layer_norm}
@@ -280,6 +281,7 @@ def default_rules() -> dict[Any, BoundaryRule]:
     rules |= broadcast_rules()
     rules |= convolution_rules()
     rules |= lookup_rules()
+    rules |= product_rules()
     rules |= recurrent_rules()
     for name in ("matmul", "mm"):
         rules[getattr(torch, name)] = rules[getattr(Tensor, name)] = _matmul

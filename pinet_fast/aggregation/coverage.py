@@ -46,7 +46,7 @@ class CoverageEntry:
 
 _KERNELS = {
     **dict.fromkeys(
-        ("linear", "matmul", "addmm", "gru", "lstm", "rnn_tanh", "rnn_relu"),
+        ("linear", "matmul", "addmm", "bilinear", "einsum", "gru", "lstm", "rnn_tanh", "rnn_relu"),
         "stratified_linear_backward",
     ),
     **dict.fromkeys(("embedding", "embedding_bag"), "stratified_embedding_reduce"),
