@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 S = 4
 GRADS = ("dense", "expanded", "strided")
-examples = settings(max_examples=40, deadline=None)
+examples = settings(max_examples=100, deadline=None)
 
 
 def batch(data: st.DataObject) -> Tensor:
