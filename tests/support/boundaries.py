@@ -39,23 +39,23 @@ def assert_exact(
     num_strata: int,
     *,
     below: Sequence[Tensor] = (),
+    lengths: Tensor | None = None,
     rows: Any = None,
-    row_ids: Tensor | None = None,
     tolerance: float = 1e-10,
 ) -> Coverage:
     """Compare one stratified pass with one autograd pass for each stratum.
 
     Args:
-        losses: The forward: one loss a user.
+        losses: The forward: one loss a user, or an event.
         parameters: The optimizer's.
         ids: Stratum of every user.
         num_strata: S.
         below: Tensors that are not the optimizer's and get their ordinary gradient.
+        lengths: Events of every user, where the losses are one an event.
         rows: Declared layouts.
-        row_ids: Stratum of every loss; None = ``ids``.
         tolerance: Relative to the largest entry of each gradient.
     """
-    row_ids = ids if row_ids is None else row_ids
+    row_ids = ids if lengths is None else ids.repeat_interleave(lengths)
     plain = losses()
     # In one pass: group_norm of torch 2.13 crashes where rows, channels last, need no gradient.
     everything = autograd_stratum_gradients(losses, row_ids, [*parameters, *below], num_strata)
@@ -64,7 +64,7 @@ def assert_exact(
     wanted = [strata.sum(0) for strata in everything[len(parameters) :]]
     named = [(f"p{i}", p) for i, p in enumerate(parameters)]
     opt = GradientAggregator(torch.optim.SGD(named, lr=0.1), "agreement", num_strata=num_strata)
-    with opt.stratify(StrataIndex(ids, num_strata), rows=rows):
+    with opt.stratify(StrataIndex(ids, num_strata, lengths), rows=rows):
         values = losses()
     assert torch.equal(values, plain)
     session = opt._session
@@ -80,6 +80,12 @@ def assert_exact(
         _close(tensor.grad, theirs, tolerance, f"tensor {i} below")
         tensor.grad = None
     return opt.coverage()
+
+
+def assert_ruled(coverage: Coverage, op: str, num_uses: int = 1) -> None:
+    """All uses are of one op, and none is sliced."""
+    assert {(e.op, e.rule) for e in coverage} == {(op, "boundary")}
+    assert max(e.use for e in coverage) == num_uses
 
 
 def _close(mine: Tensor, theirs: Tensor, tolerance: float, what: str) -> None:
