@@ -65,7 +65,8 @@ def _layout_of(
         size if dim < extra or parameter.shape[dim - extra] == 1 else -1
         for dim, size in enumerate(out_shape)
     )
-    return mode.find(sizes, rows if rows.shape == out_shape else None, (root,), op)
+    # Their graph tells where rows are as long as no dimension is put in front of theirs.
+    return mode.find(sizes, rows if rows.dim() == len(out_shape) else None, (root,), op)
 
 
 def _division_arguments(input: Any, other: Any, *, rounding_mode: Any = None) -> Args:

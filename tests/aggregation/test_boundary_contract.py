@@ -155,7 +155,7 @@ def test_what_the_rules_do_not_cover_is_sliced(name: str) -> None:
     assert coverage.sliced
 
 
-@pytest.mark.parametrize("name", ["group_norm", "stride with same", "mixed rows", "undecided"])
+@pytest.mark.parametrize("name", ["group_norm", "stride with same", "mixed rows", "einsum", "bmm"])
 def test_what_cannot_be_right_is_refused(name: str) -> None:
     x, w = leaf(7, 3), leaf(3)
     kernel = leaf(2, 3, 4)
@@ -170,9 +170,12 @@ def test_what_cannot_be_right_is_refused(name: str) -> None:
     elif name == "mixed rows":
         with pytest.raises(RowLayoutError, match="mixes or drops"), opt.stratify(ids):
             torch.einsum("bd,d->d", x, w)
-    else:
+    elif name == "einsum":  # as many positions as users
         with pytest.raises(RowLayoutError, match="undecided"), opt.stratify(ids):
-            torch.einsum("bld,de->ble", leaf(7, 7, 3), kernel[0])
+            torch.einsum("bld,ed->ble", leaf(7, 7, 4), kernel[0])
+    else:  # a parameter expanded over users has no values of its own for each of them
+        with pytest.raises(RowLayoutError, match="undecided"), opt.stratify(ids):
+            torch.bmm(leaf(7, 7, 3), expanded(kernel[0], 7))
 
 
 def test_sizes_that_only_look_like_rows_do_not_disturb() -> None:

@@ -135,14 +135,16 @@ def test_a_scalar_backward_inside_the_context_recomputes_in_it() -> None:
         torch.testing.assert_close(p.grad, before)
 
 
+@pytest.mark.parametrize("below", [False, True], ids=["rows are data", "rows need a gradient"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_scalar_backward_outside_the_context_raises(layer: str) -> None:
+def test_a_scalar_backward_outside_the_context_raises(layer: str, below: bool) -> None:
     """The interception is gone: an error of torch, no wrong gradient."""
     torch.manual_seed(0)
     inner = LAYERS[layer]()
     opt = GradientAggregator(torch.optim.SGD(inner.parameters(), lr=0.1), "agreement")
+    x = torch.randn(7, 4, requires_grad=below)
     with opt.stratify(IDS, reduction="mean"):
-        losses = checkpoint(inner, torch.randn(7, 4), use_reentrant=False).pow(2).sum(1)
+        losses = checkpoint(inner, x, use_reentrant=False).pow(2).sum(1)
     with pytest.raises(CheckpointError, match="different number of tensors"):
         losses.mean().backward()
 

@@ -109,6 +109,18 @@ def test_division_of_counts_by_a_derived_number() -> None:
     assert_ruled(coverage, "div")
 
 
+@pytest.mark.parametrize("op", ["div", "mul", "add"])
+def test_rows_that_broadcasting_widens_keep_what_their_graph_tells(op: str) -> None:
+    """As many positions as users, [B, L, 1] and a parameter [D]: known from the boundary below."""
+    x, first, p = leaf(7, 5), leaf(5, 7), leaf(3)
+
+    def losses() -> Tensor:
+        return per_row(getattr(torch, op)((x @ first).unsqueeze(2), p))
+
+    ids = torch.tensor([2, 0, 1, 1, 0, 2, 2])
+    assert not assert_exact(losses, [first, p], ids, S, below=[x]).sliced
+
+
 @examples
 @given(st.data())
 def test_group_norm(data: st.DataObject) -> None:
