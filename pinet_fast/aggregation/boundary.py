@@ -11,11 +11,13 @@ to these ops, whose order differs; the different count makes it an error instead
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd.function import once_differentiable
 
 from pinet_fast.aggregation.rows import row_tensor
@@ -27,7 +29,6 @@ from pinet_fast.kernels import (
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
-    from pinet_fast.aggregation.leaves import Term
     from pinet_fast.aggregation.strata_index import RowGroups
 
 # torch.autograd.Function is untyped: its contexts are Any throughout this file.
@@ -173,89 +174,70 @@ class StratifiedLayerNorm(torch.autograd.Function):
         return grad_rows, None, *whole, *apart, None, None, None
 
 
-class StratifiedBroadcast(torch.autograd.Function):
-    """Broadcasting ``rows (+ or *) p``, with stratum gradients of p: a position table, a gate.
-
-    p's own dimensions must not reach the row dimension, or p would hold values of single rows.
-    """
+class StratifiedGroupNorm(torch.autograd.Function):
+    """Norm over groups of channels of [N, C, *] with stratum gradients of its scale and shift."""
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: Tensor,
-        parameter: Tensor,
-        leaf: Tensor,
-        multiply: bool,
+        num_groups: int,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        weight_leaf: Tensor | None,
+        bias_leaf: Tensor | None,
+        eps: float,
         groups: RowGroups,
         layout: RowLayout,
-        term: Term | None,
     ) -> Tensor:
-        ctx.save_for_backward(*((rows, parameter, parameter) if multiply else ()))
-        ctx.multiply = multiply
-        ctx.term = term  # read by losses.mark_terms
-        ctx.shapes = rows.shape, parameter.shape
+        rows = _as_norms_take_it(rows)
+        sizes = rows.shape[0], rows.shape[1], math.prod(rows.shape[2:])
+        scale = None if weight is None else weight.contiguous()
+        shift = None if bias is None else bias.contiguous()
+        out, mean, rstd = torch.native_group_norm(rows, scale, shift, *sizes, num_groups, eps)
+        ctx.save_for_backward(rows, mean, rstd, scale, mean)  # one more than the op replaced
+        ctx.sizes = sizes
+        ctx.num_groups = num_groups
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
-        return rows * parameter if multiply else rows + parameter
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_rows, product = grad, grad
-        if ctx.multiply:
-            rows, parameter, _ = ctx.saved_tensors
-            grad_rows, product = grad * parameter, grad * rows
-        rows_shape, shape = ctx.shapes
-        if ctx.layout.dim == 0 and product.dim() == 2 and shape == product.shape[1:]:
-            sums = stratum_sums(product, ctx.groups.ids, ctx.groups.num_strata)
-        else:
-            parts = ctx.groups.split(product.movedim(ctx.layout.dim, 0))
-            sums = torch.stack([_sum_to(part.movedim(0, ctx.layout.dim), shape) for part in parts])
-        for_rows = _sum_to(grad_rows, rows_shape) if ctx.needs_input_grad[0] else None
-        return for_rows, None, sums, None, None, None, None
+        rows, mean, rstd, weight, _ = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        grad_rows = None
+        if needs[0]:
+            grad_rows = torch.ops.aten.native_group_norm_backward(
+                _as_norms_take_it(grad, like=rows), rows, mean, rstd, weight, *ctx.sizes,
+                ctx.num_groups, [True, False, False],
+            )[0]  # fmt: skip
+        # Each row's sums over positions, in float32 at least, [N, C]; then those of strata.
+        num_rows, channels, _ = ctx.sizes
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad = grad.reshape(*ctx.sizes).to(wide)
+        of_shift = grad.sum(2)
+        sums: list[Tensor | None] = [None, None]
+        if needs[2] or needs[4]:
+            per_group = num_rows, ctx.num_groups, channels // ctx.num_groups
+            products = (grad * rows.reshape(*ctx.sizes)).sum(2).view(per_group)
+            centred = products - of_shift.view(per_group) * mean.view(num_rows, -1, 1)
+            of_scale = (centred * rstd.view(num_rows, -1, 1)).view(num_rows, channels)
+            sums[0] = stratum_sums(of_scale, ctx.groups.ids, ctx.groups.num_strata)
+        if needs[3] or needs[5]:
+            sums[1] = stratum_sums(of_shift, ctx.groups.ids, ctx.groups.num_strata)
+        # A scale or shift that is not the optimizer's gets its ordinary gradient.
+        whole = [s.sum(0) if s is not None and needs[2 + i] else None for i, s in enumerate(sums)]
+        apart = [s if needs[4 + i] else None for i, s in enumerate(sums)]
+        return grad_rows, None, *whole, *apart, None, None, None
 
 
-class StratifiedPReLU(torch.autograd.Function):
-    """``max(0, x) + w min(0, x)`` with stratum gradients of w: one number, or one a channel.
+def _as_norms_take_it(rows: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return rows contiguous, as ``torch.group_norm`` hands them to its kernel.
 
-    Channels are dimension 1, as in ``F.prelu``.
+    A CPU keeps channels last where ``like``, or the rows themselves, have them so.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        leaf: Tensor,
-        groups: RowGroups,
-        layout: RowLayout,
-    ) -> Tensor:
-        ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
-        ctx.groups = groups
-        ctx.layout = layout  # read by provenance.trace
-        return F.prelu(rows, weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, _ = ctx.saved_tensors
-        shape = [1] * rows.dim()
-        if weight.numel() > 1:
-            shape[1] = weight.numel()
-        backward = torch.ops.aten._prelu_kernel_backward
-        for_rows, below = backward(grad, rows, weight.view(shape).expand_as(rows))
-        parts = ctx.groups.split(below.movedim(ctx.layout.dim, 0))
-        size = torch.Size(shape)
-        sums = torch.stack(
-            [_sum_to(part.movedim(0, ctx.layout.dim), size).reshape(weight.shape) for part in parts]
-        )
-        return for_rows if ctx.needs_input_grad[0] else None, None, sums, None, None
-
-
-def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Sum ``rows`` over the dimensions that broadcasting added; an empty stratum gives zeros."""
-    if rows.shape == shape:
-        return rows
-    extra = rows.dim() - len(shape)
-    dims = [d for d in range(rows.dim()) if d < extra or shape[d - extra] == 1]
-    return rows.sum(dims).reshape(shape) if dims else rows
+    if rows.device.type != "cpu":
+        return rows.contiguous()
+    return rows.contiguous(memory_format=suggest_memory_format(rows if like is None else like))

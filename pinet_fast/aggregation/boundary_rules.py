@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import (
-    StratifiedBroadcast,
+    StratifiedGroupNorm,
     StratifiedLayerNorm,
     StratifiedLinear,
     StratifiedMatmul,
-    StratifiedPReLU,
     apply,
 )
+from pinet_fast.aggregation.broadcast import StratifiedBroadcast, StratifiedPReLU
 from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
@@ -42,7 +42,7 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     layout = mode.find(shape, rows, (weight_root, bias_root), "linear")
     if layout is None:
         return mode.derive(func, args, kwargs)
-    rows, weight, bias = autocast(rows, _detached(weight, weight_root), _detached(bias, bias_root))
+    rows, weight, bias = autocast(rows, detached(weight, weight_root), detached(bias, bias_root))
     return apply(
         StratifiedLinear,
         rows,
@@ -105,12 +105,52 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
         StratifiedLayerNorm,
         rows,
         normalized,
-        _detached(weight, weight_root),
-        _detached(bias, bias_root),
+        detached(weight, weight_root),
+        detached(bias, bias_root),
         mode.dense_leaf(weight_root, "layer_norm", layout),
         mode.dense_leaf(bias_root, "layer_norm", layout),
         eps,
         mode.rows.groups_of(layout, shape),
+        layout,
+    )
+
+
+def _group_norm_arguments(
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Args:
+    return input, num_groups, weight, bias, eps
+
+
+def _group_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """Rows are dimension 0 by definition; channels, which hold the groups, are dimension 1."""
+    rows, num_groups, weight, bias, eps = bind(_group_norm_arguments, args, kwargs)
+    weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
+    layout = None
+    # One value a channel is refused by torch, in its own words.
+    if mode.root_of(rows) is None and rows.dim() >= 2 and rows.numel() != num_groups:
+        sizes = (rows.shape[0], *[-1] * (rows.dim() - 1))
+        layout = mode.find(sizes, rows, (weight_root, bias_root), "group_norm")
+    if layout is None:
+        return slice_rule(mode, func, args, kwargs)
+    weight, bias = detached(weight, weight_root), detached(bias, bias_root)
+    if rows.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
+        # Autocast runs norms in float32 there; on a CPU as they come.
+        rows, weight, bias = (None if t is None else t.float() for t in (rows, weight, bias))
+    return apply(
+        StratifiedGroupNorm,
+        rows,
+        num_groups,
+        weight,
+        bias,
+        mode.dense_leaf(weight_root, "group_norm", layout),
+        mode.dense_leaf(bias_root, "group_norm", layout),
+        eps,
+        mode.rows.groups_along(layout),
         layout,
     )
 
@@ -161,64 +201,6 @@ def _addmm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     )  # fmt: skip
 
 
-def _broadcast_arguments(input: Any, other: Any, alpha: Any = 1) -> Args:
-    return input, other, alpha
-
-
-def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    """``rows + p``, ``rows - p``, ``rows * p`` and the same with the sides exchanged."""
-    left, right, alpha = bind(_broadcast_arguments, args, kwargs)
-    if not _is_row_like(mode, left) and not _is_row_like(mode, right):
-        return mode.derive(func, args, kwargs)
-    if alpha != 1:
-        right = mode.derive(torch.mul, (right, alpha), {}) if mode.root_of(right) else right * alpha
-    op = func_name(func).strip("_").removeprefix("r")
-    if func_name(func) == "__rsub__":
-        left, right = right, left
-    if op in ("sub", "subtract"):
-        # x - p = x + (-p), exactly: the negation is batch-free or row-wise, whichever side it is.
-        right = mode.derive(torch.neg, (right,), {}) if mode.root_of(right) else -right
-    rows, parameter = (right, left) if mode.root_of(left) is not None else (left, right)
-    root = mode.root_of(parameter)
-    if root is None or mode.root_of(rows) is not None:
-        raise BoundaryError(f"{op}: expected rows of the batch and one parameter")
-    out_shape = _broadcast_shape(rows.shape, parameter.shape)
-    extra = len(out_shape) - parameter.dim()
-    # Dimensions in which the parameter has values of its own cannot be the rows'.
-    sizes = tuple(
-        size if dim < extra or parameter.shape[dim - extra] == 1 else -1
-        for dim, size in enumerate(out_shape)
-    )
-    layout = mode.find(sizes, rows if rows.shape == out_shape else None, (root,), op)
-    if layout is None:
-        return mode.derive(func, args, kwargs)
-    multiply = op in ("mul", "multiply")
-    term = None
-    if multiply or root.is_parameter or parameter.numel() != 1:
-        leaf = mode.dense_leaf(root, op, layout)
-    else:
-        term = mode.term_leaf(root, op, layout)
-        leaf = term.leaf
-    groups = mode.rows.groups_along(layout)
-    return apply(StratifiedBroadcast, rows, root.detached(), leaf, multiply, groups, layout, term)
-
-
-def _is_row_like(mode: Interception, value: Any) -> bool:
-    """Return whether a side of a sum may hold rows: no number, root or frozen parameter does."""
-    return (
-        isinstance(value, Tensor)
-        and mode.root_of(value) is None
-        and not isinstance(value, torch.nn.Parameter)
-    )
-
-
-def _broadcast_shape(rows: torch.Size, parameter: torch.Size) -> torch.Size:
-    """Return the shape of the sum; torch.broadcast_shapes takes 15 us for it."""
-    if len(parameter) <= len(rows) and rows[len(rows) - len(parameter) :] == parameter:
-        return rows
-    return torch.broadcast_shapes(rows, parameter)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def _prelu_arguments(input: Any, weight: Any) -> Args:
     return input, weight
 
@@ -240,25 +222,7 @@ def _prelu(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     return apply(StratifiedPReLU, rows, slope, leaf, groups, layout)
 
 
-def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    """``rows += p`` and its kin: computed beside the rows, then written into them."""
-    if not args or mode.root_of(args[0]) is not None:
-        raise BoundaryError(
-            f"{func_name(func)}: works in place on a parameter; use the form that returns a new "
-            "tensor"
-        )
-    name = func_name(func)
-    plain = f"__{name.strip('_')[1:]}__" if name.startswith("__") else name.removesuffix("_")
-    rows = args[0]
-    beside = _broadcast(mode, getattr(Tensor, plain), (rows.clone(), *args[1:]), kwargs)
-    if beside.shape != rows.shape:
-        raise BoundaryError(
-            f"{name}: the result {list(beside.shape)} does not fit into {list(rows.shape)}"
-        )
-    return rows.copy_(beside)
-
-
-def _detached(value: Tensor | None, root: Root | None) -> Tensor | None:
+def detached(value: Tensor | None, root: Root | None) -> Tensor | None:
     """Keep a parameter out of the graph; leave other tensors in it, with their own gradient."""
     return value if root is None else root.detached()
 
@@ -303,22 +267,23 @@ def bind(signature: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
 def default_rules() -> dict[Any, BoundaryRule]:
     """Return the boundary rules by torch function."""
     # They use bind of this file.
+    from pinet_fast.aggregation.broadcast_rules import broadcast_rules
+    from pinet_fast.aggregation.convolution_rules import convolution_rules
     from pinet_fast.aggregation.lookup_rules import lookup_rules
+    from pinet_fast.aggregation.product_rules import product_rules
     from pinet_fast.aggregation.recurrent_rules import recurrent_rules
 
     rules: dict[Any, BoundaryRule] = {F.linear: _linear, F.layer_norm: _layer_norm}
+    rules |= dict.fromkeys((F.group_norm, torch.group_norm), _group_norm)
     rules |= dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm)
     rules |= dict.fromkeys((torch.addmm, Tensor.addmm), _addmm)
     rules |= dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), _prelu)
+    rules |= broadcast_rules()
+    rules |= convolution_rules()
     rules |= lookup_rules()
+    rules |= product_rules()
     rules |= recurrent_rules()
     for name in ("matmul", "mm"):
         rules[getattr(torch, name)] = rules[getattr(Tensor, name)] = _matmul
     rules[Tensor.__matmul__] = _matmul
-    for name in ("add", "sub", "subtract", "mul", "multiply"):
-        rules[getattr(torch, name)] = rules[getattr(Tensor, name)] = _broadcast
-    for name in ("__add__", "__radd__", "__sub__", "__mul__", "__rmul__", "__rsub__"):
-        rules[getattr(Tensor, name)] = _broadcast
-    for name in ("__iadd__", "__isub__", "__imul__", "add_", "sub_", "mul_"):
-        rules[getattr(Tensor, name)] = _in_place
     return rules

@@ -46,11 +46,12 @@ class CoverageEntry:
 
 _KERNELS = {
     **dict.fromkeys(
-        ("linear", "matmul", "addmm", "gru", "lstm", "rnn_tanh", "rnn_relu"),
+        ("linear", "matmul", "addmm", "bilinear", "einsum", "gru", "lstm", "rnn_tanh", "rnn_relu"),
         "stratified_linear_backward",
     ),
     **dict.fromkeys(("embedding", "embedding_bag"), "stratified_embedding_reduce"),
     "layer_norm": "stratified_norm_backward",
+    "group_norm": "stratum_sums",
 }
 
 

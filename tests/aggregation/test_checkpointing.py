@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from pinet_fast.aggregation import GradientAggregator
 from pinet_fast.errors import AggregationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 IDS = torch.tensor([0, 1, 1, 2, 0, 1, 2])
 
@@ -31,11 +37,32 @@ class Tied(nn.Module):
         return torch.tanh(x @ self.table.T)
 
 
+class Of(nn.Module):
+    """One function of rows and parameters."""
+
+    def __init__(self, call: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.call = call
+        self.weights = nn.ParameterList([torch.rand(shape) + 0.5 for shape in shapes])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.call(x, *self.weights))
+
+
 LAYERS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh()),  # square: shapes cannot tell
     "layer_norm": lambda: nn.Sequential(nn.LayerNorm(4), nn.Tanh()),
     "mul": Gate,
     "matmul": Tied,
+    "div": lambda: Of(torch.div, (4,)),
+    "group_norm": lambda: Of(lambda x, w, b: F.group_norm(x, 2, w, b), (4,), (4,)),
+    "conv1d": lambda: Of(
+        lambda x, w, b: F.conv1d(x[:, None], w, b, padding=1).squeeze(1), (1, 1, 3), (1,)
+    ),
+    "bilinear": lambda: Of(lambda x, w, b: F.bilinear(x, x.sin(), w, b), (4, 4, 4), (4,)),
+    "einsum": lambda: Of(lambda x, w: torch.einsum("bd,ed->be", x, w), (4, 4)),
+    "einsum (batched)": lambda: Of(lambda x, w: torch.einsum("bd,d->bd", x, w), (4,)),
+    "bmm": lambda: Of(lambda x, w: torch.bmm(x[None], w)[0], (1, 4, 4)),
 }
 
 
@@ -108,14 +135,16 @@ def test_a_scalar_backward_inside_the_context_recomputes_in_it() -> None:
         torch.testing.assert_close(p.grad, before)
 
 
+@pytest.mark.parametrize("below", [False, True], ids=["rows are data", "rows need a gradient"])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_scalar_backward_outside_the_context_raises(layer: str) -> None:
+def test_a_scalar_backward_outside_the_context_raises(layer: str, below: bool) -> None:
     """The interception is gone: an error of torch, no wrong gradient."""
     torch.manual_seed(0)
     inner = LAYERS[layer]()
     opt = GradientAggregator(torch.optim.SGD(inner.parameters(), lr=0.1), "agreement")
+    x = torch.randn(7, 4, requires_grad=below)
     with opt.stratify(IDS, reduction="mean"):
-        losses = checkpoint(inner, torch.randn(7, 4), use_reentrant=False).pow(2).sum(1)
+        losses = checkpoint(inner, x, use_reentrant=False).pow(2).sum(1)
     with pytest.raises(CheckpointError, match="different number of tensors"):
         losses.mean().backward()
 

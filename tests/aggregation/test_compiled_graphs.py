@@ -108,7 +108,7 @@ class Flattened(Base):
 
 
 class Convolution(Base):
-    """A layer under the slice rule, which has no traced form."""
+    """A layer whose boundary has no traced form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +116,17 @@ class Convolution(Base):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.conv(self.items(ids).transpose(1, 2)).square().sum((1, 2))
+
+
+class EvaluatedNorm(Base):
+    """A layer under the slice rule, which has no traced form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(D).eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.items(ids).transpose(1, 2)).square().sum((1, 2))
 
 
 class Branching(Tied):
@@ -220,15 +231,21 @@ def test_no_break_and_full_graphs() -> None:
         loop.step()
 
 
-def test_what_has_no_traced_form_runs_eagerly(caplog: pytest.LogCaptureFixture) -> None:
-    loop = Loop(Convolution())
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [(Convolution, "conv1d has no traced form"), (EvaluatedNorm, "batch_norm runs once a stratum")],
+)
+def test_what_has_no_traced_form_runs_eagerly(
+    make: Callable[[], nn.Module], why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop = Loop(make())
     loop.compiled = torch.compile(loop.model, backend=loop.backend, fullgraph=True)
     with caplog.at_level("INFO", "pinet_fast.aggregation"):
         for _ in range(3):
             loop.step()
     assert loop.backend.count == 0
     said = [r.message for r in caplog.records if "compiled models run eagerly" in r.message]
-    assert said == ["compiled models run eagerly inside stratify: conv1d runs once a stratum"]
+    assert said == [f"compiled models run eagerly inside stratify: {why}"]
 
 
 def test_a_part_that_comes_later_runs_eagerly_until_it_is_proven() -> None:

@@ -281,10 +281,11 @@ def test_dropout_inside_a_sliced_function_still_trains() -> None:
 
 
 def test_which_layers_use_the_slice_rule() -> None:
-    """Attention goes through linear boundaries; convolutions are sliced."""
+    """Attention goes through linear boundaries; only what has no rule is sliced."""
     expected = {
         "MHA batch first": False, "GRU batch first": False, "LSTM": False, "RMSNorm": False,
-        "layer_norm on [L, B, d]": False, "addmm": False, "conv1d": True, "GroupNorm": True,
+        "layer_norm on [L, B, d]": False, "addmm": False, "conv1d": False, "GroupNorm": False,
+        "Bilinear": False, "BatchNorm in evaluation": True,
     }  # fmt: skip
     for layer, sliced in expected.items():
         torch.manual_seed(0)
@@ -297,7 +298,10 @@ def test_which_layers_use_the_slice_rule() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("layer", ["linear", "RMSNorm", "addmm", "MHA batch first", "LSTM"])
+@pytest.mark.parametrize(
+    "layer",
+    ["linear", "RMSNorm", "addmm", "MHA batch first", "LSTM", "conv1d", "GroupNorm", "Bilinear"],
+)
 def test_the_forward_is_bit_identical(layer: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     make, call = LAYERS[layer]

@@ -162,7 +162,7 @@ LAYERS: dict[str, Layer] = {
     "LSTM": Layer(lambda t, p: Recurrent(nn.LSTM, t, p), sequence=True, bf16=3e-2),
     "MHA": Layer(Attention, sequence=True, bf16=3e-2),
     "TransformerEncoderLayer": Layer(_encoder, sequence=True, bf16=3e-2),
-    "conv1d": Layer(lambda t, p: Convolution(t), sequence=True, sliced=True),
+    "conv1d": Layer(lambda t, p: Convolution(t), sequence=True),
     "position added": Layer(lambda t, p: Positions(t), sliced=True),
     "CLS token": Layer(lambda t, p: ClassToken(t), sequence=True, sliced=True, bf16=4e-2),
     "weight-normed": Layer(
