@@ -17,11 +17,11 @@ from pinet_fast.aggregation.boundary import (
     apply,
 )
 from pinet_fast.aggregation.broadcast import StratifiedBroadcast, StratifiedPReLU
-from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
 if TYPE_CHECKING:
+    from pinet_fast.aggregation.interception import BoundaryRule, Interception
     from pinet_fast.aggregation.leaves import Root
 
 Func = Callable[..., Any]
@@ -63,11 +63,7 @@ def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     rows, weight = bind(_matmul_arguments, args, kwargs)
     root = mode.root_of(weight)
     if root is None or weight.dim() != 2 or rows.dim() < 2:
-        raise BoundaryError(
-            f"{func_name(func)}: expected rows [*, D_in] times a parameter [D_in, D_out]; got "
-            f"{list(rows.shape)} times {list(weight.shape)}; put the rows on the left, as in "
-            "`rows @ weight.T`"
-        )
+        return slice_rule(mode, func, args, kwargs)  # the parameter on the left, one a head, ...
     shape = tuple(rows.shape[:-1])
     layout = mode.find(shape, rows, (root,), "matmul")
     if layout is None:
