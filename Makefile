@@ -12,7 +12,7 @@ WRITE ?=
 OLD_TRITON := build/triton-3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test sanitize gates lint types bench bench-gate expectations guards tables \
+.PHONY: help install demo test grid sanitize gates lint types bench bench-gate expectations guards tables \
   scaling gpu-report clean
 
 help:  ## Say what there is
@@ -36,6 +36,9 @@ demo: install  ## Joint against deconfounded training, by stratum (DATA=path for
 
 test: install  ## All tests
 	$(BIN)/python -m pytest
+
+grid: install  ## Layers x situations x dtypes against plain autograd, every cell: a table
+	PYTHONPATH=tests $(BIN)/python -W ignore -m grid.table
 
 sanitize: install  ## The C++ kernels under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py

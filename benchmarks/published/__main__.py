@@ -62,13 +62,24 @@ def _setting(key: str, value: Any) -> tuple[str, str]:
     return "--set", f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
-def listed(path: Path = RUNS) -> list[Run]:
-    """Return the runs of a file, in its order."""
+def listed(path: Path | None = None) -> list[Run]:
+    """Return the runs of a file, of runs.toml by default, in its order."""
     found = []
-    for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
+    for name, table in tomllib.loads((path or RUNS).read_text(encoding="utf-8")).items():
         options = {key: value for key, value in table.items() if key != "seeds"}
         found += [Run(name, seed, options) for seed in table["seeds"]]
     return found
+
+
+def chosen(runs: list[Run], names: list[str]) -> list[Run]:
+    """Return the runs of those names, and where no run is called that, those that begin so."""
+    known = {run.name for run in runs}
+    return [
+        run for run in runs
+        if not names
+        or run.name in names
+        or any(run.name.startswith(name) for name in names if name not in known)
+    ]  # fmt: skip
 
 
 def keep_summary(run: Run, out: Path, summaries: Path) -> None:
@@ -93,10 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 = as torch decides")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     given = parser.parse_args(arguments)
-    wanted = [
-        run for run in listed()
-        if not given.names or any(run.name.startswith(name) for name in given.names)
-    ]  # fmt: skip
+    wanted = chosen(listed(), given.names)
     if not wanted:
         parser.error(f"no run is called {' or '.join(given.names)}; --list prints all")
     failed = False

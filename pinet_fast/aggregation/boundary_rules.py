@@ -37,7 +37,11 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     rows, weight, bias = bind(_linear_arguments, args, kwargs)
     weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
     if mode.root_of(rows) is not None:
-        raise BoundaryError("linear: the input is a parameter and the weight holds rows")
+        raise BoundaryError(
+            "linear: expected rows of the batch as the input and a parameter as the weight, got "
+            f"{mode.describe([rows, weight])}, the other way round; write "
+            "F.linear(rows, parameter).T, or mark what belongs to no user by `with opt.shared():`"
+        )
     shape = tuple(rows.shape[:-1])
     layout = mode.find(shape, rows, (weight_root, bias_root), "linear")
     if layout is None:
@@ -88,7 +92,11 @@ def _layer_norm_arguments(
 def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     rows, normalized_shape, weight, bias, eps = bind(_layer_norm_arguments, args, kwargs)
     if mode.root_of(rows) is not None:
-        raise BoundaryError("layer_norm: the input is a parameter and the scale holds rows")
+        raise BoundaryError(
+            "layer_norm: expected rows of the batch as the input, got "
+            f"{mode.describe([rows])}, and rows as the scale or bias; mark work that belongs to "
+            'no user by `with opt.shared():`, or use GradientAggregator(..., mode="exact")'
+        )
     normalized = [int(size) for size in normalized_shape]
     shape = tuple(rows.shape[: rows.dim() - len(normalized)])
     weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
@@ -162,7 +170,11 @@ def _rms_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
     rows, normalized_shape, weight, eps = bind(_rms_norm_arguments, args, kwargs)
     root = mode.root_of(weight)
     if root is None or mode.root_of(rows) is not None:
-        raise BoundaryError("rms_norm: expected rows of the batch and a parameter as the scale")
+        raise BoundaryError(
+            "rms_norm: expected rows of the batch and a parameter as the scale, got "
+            f"{mode.describe([rows, weight])}; mark work that belongs to no user by "
+            '`with opt.shared():`, or use GradientAggregator(..., mode="exact")'
+        )
     shape = tuple(rows.shape[: rows.dim() - len(normalized_shape)])
     layout = mode.find(shape, rows, (root,), "rms_norm")
     if layout is None:
@@ -205,7 +217,11 @@ def _prelu(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     rows, weight = bind(_prelu_arguments, args, kwargs)
     root = mode.root_of(weight)
     if root is None or mode.root_of(rows) is not None:
-        raise BoundaryError("prelu: expected rows of the batch and a parameter as the weight")
+        raise BoundaryError(
+            "prelu: expected rows of the batch and a parameter as the weight, got "
+            f"{mode.describe([rows, weight])}; mark work that belongs to no user by "
+            '`with opt.shared():`, or use GradientAggregator(..., mode="exact")'
+        )
     sizes = list(rows.shape)
     if weight.numel() > 1:
         sizes[1] = -1  # channels
@@ -256,7 +272,8 @@ def bind(signature: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     except TypeError as error:
         given = ", ".join([*(type(a).__name__ for a in args), *(f"{k}=" for k in kwargs)])
         raise BoundaryError(
-            f"arguments ({given}) are not supported at a boundary: {error}"
+            f"arguments ({given}) are not supported at a boundary: {error}; leave out what is not "
+            'known, or use GradientAggregator(..., mode="exact")'
         ) from error
 
 

@@ -129,7 +129,8 @@ def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
     beside = rule(mode, getattr(Tensor, plain), (rows.clone(), *args[1:]), kwargs)
     if beside.shape != rows.shape:
         raise BoundaryError(
-            f"{name}: the result {list(beside.shape)} does not fit into {list(rows.shape)}"
+            f"{name}: the result {list(beside.shape)} does not fit into {list(rows.shape)}; use "
+            f"the form that returns a new tensor, Tensor.{plain}"
         )
     return rows.copy_(beside)
 

@@ -78,7 +78,9 @@ class Combination:
         touched = self.pending.touched()
         if not touched:
             raise AggregationError(
-                "backward: no parameter of the optimizer met a row of the batch inside stratify"
+                "backward: no parameter of the optimizer met a row of the batch inside stratify; "
+                "give the optimizer the parameters of this model, and call the model inside "
+                "`with opt.stratify(batch.strata):`"
             )
         with profiling.GRAM:
             grams: Tensor = stratum_gram([g.values for _, g in touched])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pinet_fast.aggregation.compiler_names import frame_callback
 from pinet_fast.errors import AggregationError
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
         return nullcontext()
     if torch.compiler.is_compiling():
         raise AggregationError(_TRACED)
-    if torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False):
+    callback = frame_callback()
+    if callback is not None and callback() not in (None, False):
         raise AggregationError(_TRACED)
     if run_graphs:
         return retained_buffers()

@@ -49,7 +49,11 @@ def _lookup(
 ) -> Any:
     root = mode.root_of(table)
     if root is None:
-        raise BoundaryError(f"{func_name(func)}: the ids are computed from a parameter")
+        raise BoundaryError(
+            f"{func_name(func)}: expected a parameter as the table and ids of the batch, got "
+            f"{mode.describe([ids, table])}; detach what the ids are computed from, as in "
+            "F.embedding(ids.detach(), table)"
+        )
     layout = mode.find(tuple(ids.shape), ids, (root,), "embedding")
     if layout is None:
         return mode.derive(func, args, kwargs)

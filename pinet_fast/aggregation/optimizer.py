@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pinet_fast import profiling
 from pinet_fast._allocator import keep_freed_memory
 from pinet_fast.aggregation.combination import Absent, Combination, reported_losses
+from pinet_fast.aggregation.compiler_names import can_trace
 from pinet_fast.aggregation.envelope import (
     compiled_modules,
     is_compiler_used,
@@ -234,7 +235,7 @@ class GradientAggregator(Optimizer):
             intercept=intercept,
             declared=rows,
             on_scalar=None if reduction is None else self._finish_scalar,
-            plan=self._plan if intercept and is_compiler_used() else None,
+            plan=self._plan if intercept and is_compiler_used() and can_trace() else None,
         )
         session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:

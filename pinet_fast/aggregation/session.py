@@ -207,8 +207,10 @@ class Session:
 
         def finish() -> None:
             nonlocal is_queued
-            is_queued = False
-            on_scalar()
+            try:
+                on_scalar()  # pushes shared work on rows back to leaves: not queued anew
+            finally:
+                is_queued = False
 
         def on_gradient(grad: Tensor) -> None:
             nonlocal is_queued

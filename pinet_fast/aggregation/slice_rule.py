@@ -245,7 +245,8 @@ def _prove(
         if not fitting or (len(fitting) > 1 and len(present) > 1):
             raise RowLayoutError(
                 f"{name}: cannot tell which dimension of its output {list(full.shape)} holds the "
-                f"{groups.num_rows} rows; the function mixes or drops rows"
+                f"{groups.num_rows} rows; the function mixes or drops rows: keep the batch "
+                'dimension, or use GradientAggregator(..., mode="exact")'
             )
         dims.append(fitting[0])
     return SliceProof(tuple(dims), is_random)

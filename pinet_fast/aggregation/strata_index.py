@@ -161,7 +161,8 @@ def _moved(groups: RowGroups, device: torch.device | str, non_blocking: bool) ->
 def _checked_ids(ids: Tensor, num_strata: int) -> Tensor:
     if ids.dim() != 1:
         raise StrataError(
-            f"strata: expected one stratum id a user, int64 [B]; got shape {list(ids.shape)}"
+            f"strata: expected one stratum id a user, int64 [B]; got shape {list(ids.shape)}; "
+            "pass strata.flatten() if there is one for each user"
         )
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise StrataError(
@@ -185,10 +186,13 @@ def _checked_lengths(lengths: Tensor | Sequence[int] | None, ids: Tensor) -> Ten
     lengths = torch.as_tensor(lengths, device=ids.device).long()
     if lengths.shape != ids.shape:
         raise StrataError(
-            f"lengths: expected one length a user, [{ids.numel()}]; got {list(lengths.shape)}"
+            f"lengths: expected one length a user, [{ids.numel()}]; got {list(lengths.shape)}; "
+            "pass the events of each user, as in mask.sum(1)"
         )
     if lengths.numel() and int(lengths.min()) < 0:
-        raise StrataError(f"lengths: must not be negative, got {int(lengths.min())}")
+        raise StrataError(
+            f"lengths: expected numbers >= 0, got {int(lengths.min())}; pass mask.sum(1)"
+        )
     return lengths
 
 

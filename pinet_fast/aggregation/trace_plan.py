@@ -78,14 +78,11 @@ def _shown_by_compiler() -> frozenset[Callable[..., Any]]:
 
     It goes by torch's list of public ones, where the one under weight norm is missing.
     """
-    try:
-        from torch._dynamo.variables.torch import get_overridable_functions
+    from torch._dynamo.variables.torch import get_overridable_functions
 
-        shown = get_overridable_functions()
-        shown.add(torch._weight_norm)
-        return frozenset(shown)
-    except (ImportError, AttributeError):  # another torch: nothing is known to be shown
-        return frozenset()
+    shown = get_overridable_functions()
+    shown.add(torch._weight_norm)
+    return frozenset(shown)
 
 
 class TracePlan:

@@ -49,6 +49,7 @@ class Cell:
     batch_free: Callable[[nn.Module], Tensor] | None = None  # a term of the losses without rows
     around: Callable[[], AbstractContextManager[object]] = nullcontext  # forwards run inside
     compiler: str | None = None
+    is_traced: bool = False  # what is compiled is to run as a graph, not eagerly
     scalar: bool = False  # loss.backward() on a mean, instead of opt.backward(losses)
     shared: bool = False
     tolerance: float | None = None
@@ -86,10 +87,10 @@ def strata_situation(ids: tuple[int, ...], num_strata: int) -> Situation:
     return make
 
 
-def model_situation(make_model: Callable[[Layer], nn.Module], **options: Any) -> Situation:
+def model_situation(make_model: Callable[[Layer], nn.Module]) -> Situation:
     def make(layer: Layer, dtype: torch.dtype) -> Cell:
         x = inputs_of(layer, dtype, B, L)
-        return Cell(make_model(layer).to(dtype), [step_of(x)], **options)
+        return Cell(make_model(layer).to(dtype), [step_of(x)])
 
     return make
 
@@ -212,6 +213,15 @@ def masked(layer: Layer, dtype: torch.dtype) -> Cell:
     return Cell(models.Net(layer).to(dtype), [step])
 
 
+def compiled(compiler: str) -> Situation:
+    def make(layer: Layer, dtype: torch.dtype) -> Cell:
+        step = step_of(inputs_of(layer, dtype, B, L))
+        model = models.Net(layer).to(dtype)
+        return Cell(model, [step], compiler=compiler, is_traced=layer.traced)
+
+    return make
+
+
 def scalar_backward(layer: Layer, dtype: torch.dtype) -> Cell:
     """An untouched loop: ``loss.backward()`` on the mean, told by ``reduction=``."""
     cell = strata_situation(UNSORTED, 3)(layer, dtype)
@@ -234,8 +244,8 @@ SITUATIONS: dict[str, Situation] = {
     "BatchNorm": model_situation(models.BatchNormed),
     "dropout": dropout,
     "bf16 autocast": bf16_autocast,
-    "compile (aot_eager)": model_situation(models.Net, compiler="aot_eager"),
-    "compile (inductor)": model_situation(models.Net, compiler="inductor", tolerance=1e-9),
+    "compile (aot_eager)": compiled("aot_eager"),
+    "compile (inductor)": compiled("inductor"),
     "checkpointing": model_situation(models.Checkpointed),
     "accumulation": accumulation,
     "parameter used twice": model_situation(models.Twice),
@@ -259,7 +269,6 @@ _TIED = ("tied .T", "tied .t()", "tied F.linear")
 _SEQUENCE = tuple(name for name, layer in LAYERS.items() if layer.sequence)
 _ITEM_SIDE = "the item side holds one item a user, no sequence and no positions"
 _CATALOGUE = "scores the whole catalogue: no in-batch negatives"
-_SLOW = "not run: inductor takes seconds a cell"
 
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{("ragged rows", name): "needs padded sequences" for name in _SEQUENCE},
@@ -270,5 +279,4 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         for name in names
     },
     **{("BatchNorm", name): "logits are not batch-normed" for name in _TIED},
-    **{("compile (inductor)", name): _SLOW for name in LAYERS if name not in ("linear", "tied .T")},
 }

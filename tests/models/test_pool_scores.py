@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from support.oracle import autograd_stratum_gradients
 import pinet_fast
 from pinet_fast.aggregation import GradientAggregator
 from pinet_fast.models import GRU4Rec, SASRec
-from pinet_fast.models.sequence import SequenceModel
+
+if TYPE_CHECKING:
+    from pinet_fast.models.sequence import SequenceModel
 
 IDS, LENGTHS, S, V = [0, 1, 2], [4, 1, 6], 3, 30
 

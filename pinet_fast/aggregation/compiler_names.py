@@ -1,0 +1,60 @@
+"""The private names of torch's compiler that graphs with strata need, in one place.
+
+torch promises none of them. Where one is missing, compiled models run eagerly inside ``stratify``:
+as exact, only slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FRAME_CALLBACK = "torch._C._dynamo.eval_frame:get_eval_frame_callback"
+NEEDED = (
+    "torch._dynamo:disable",
+    "torch._dynamo:graph_break",
+    "torch._dynamo:mark_static",
+    "torch._dynamo.eval_frame:skip_code",
+    "torch._dynamo.variables.torch:get_overridable_functions",
+    FRAME_CALLBACK,
+    "torch._functorch.config:donated_buffer",
+)
+"""As ``pkgutil.resolve_name`` takes them; a test compares them with what the code uses."""
+
+
+@functools.cache
+def can_trace() -> bool:
+    """Return whether this torch has all the names; where it lacks some, warn, once a process."""
+    missing = [name.replace(":", ".") for name in NEEDED if not _is_there(name)]
+    if missing:
+        warnings.warn(
+            f"compiled models run eagerly inside stratify: torch {torch.__version__} has no "
+            f"{', '.join(missing)}, which graphs with strata are made with; gradients are the "
+            "same, steps are slower; pip install 'torch==2.13.*' has them",
+            stacklevel=3,
+        )
+    return not missing
+
+
+@functools.cache
+def frame_callback() -> Callable[[], object] | None:
+    """Return what tells whether frames are being compiled now; None where torch lacks it."""
+    if not _is_there(FRAME_CALLBACK):
+        return None
+    found: Callable[[], object] = pkgutil.resolve_name(FRAME_CALLBACK)
+    return found
+
+
+def _is_there(name: str) -> bool:
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
