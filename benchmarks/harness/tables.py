@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import run_tables
 from benchmarks.harness.markdown import caption, cell, grid, inverse, span
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -170,6 +171,9 @@ def _ratio(point: Result) -> float:
 TABLES: dict[str, Callable[[Run], str]] = {
     "step": step, "peers": peers, "data": data, "scaling": scaling,
 }  # fmt: skip
+RUN_TABLES: dict[str, Callable[[Path], str]] = {
+    "published": run_tables.published, "clicks": run_tables.clicks, "compared": run_tables.compared,
+}  # fmt: skip
 FILES = {"scaling": "scaling.json"}  # of tables that do not come from CPU
 
 
@@ -180,13 +184,19 @@ def table(name: str, folder: Path = RESULTS) -> str:
     """Return a table and its caption.
 
     Args:
-        name: One of ``TABLES``, or ``group NAME`` for every ratio of a benchmark group; a second
-            word after a comma names another file of results, as in ``group step, gpu.json``.
+        name: One of ``TABLES`` or ``RUN_TABLES``, or ``group NAME`` for every ratio of a benchmark
+            group; a second word after a comma names another file of results, as in
+            ``group step, gpu.json``.
         folder: Where the results are.
 
     Raises:
         ValueError: There is no such table, or nothing was measured for it.
     """
+    if name in RUN_TABLES:
+        of_runs = RUN_TABLES[name](folder / "runs")
+        if not of_runs:
+            raise ValueError(f"table {name!r}: no run is kept; run python -m benchmarks.published")
+        return f"{of_runs}\n\n{run_tables.versions(folder / 'runs')}\n"
     kind, _, file = (part.strip() for part in name.partition(","))
     file = file or FILES.get(kind, CPU)
     run = read(file, folder)
@@ -195,7 +205,7 @@ def table(name: str, folder: Path = RESULTS) -> str:
     elif kind in TABLES:
         body = TABLES[kind](run)
     else:
-        known = ", ".join([*TABLES, "group NAME"])
+        known = ", ".join([*TABLES, *RUN_TABLES, "group NAME"])
         raise ValueError(f"table {name!r}: expected one of {known}")
     if body.count("\n") < 2:
         raise ValueError(f"table {name!r}: {file} holds no result for it; run make bench")

@@ -45,7 +45,7 @@ def test_commands_start_and_resume(tmp_path: Path) -> None:
 def test_a_run_trains_once_and_leaves_its_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    simulate_log(tmp_path / "log.parquet", users=60, items=40)
+    simulate_log(tmp_path / "log.parquet", users=60, items=100)
     runs = tmp_path / "runs.toml"
     runs.write_text(
         '[small]\ndata = "log.parquet"\nseeds = [0]\nrule = "joint"\n'
