@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 NAMESPACE = torch.library.Library("pinet", "FRAGMENT")  # type: ignore[no-untyped-call]
 """Every op defines its schema and registers its Python kernels here.
@@ -14,6 +18,17 @@ NAMESPACE = torch.library.Library("pinet", "FRAGMENT")  # type: ignore[no-untype
 """
 
 _REBUILD = "run make install again"
+
+
+def without_graph(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a kernel such that autograd records nothing.
+
+    In a backward it records nothing anyway, and ``torch.no_grad`` would cost seven Python calls.
+    """
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    with torch.no_grad():
+        return function(*arguments)
 
 
 @functools.cache

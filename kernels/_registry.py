@@ -89,10 +89,11 @@ def select(op: str, inputs: Sequence[Any], explicit: str | None = None) -> Backe
         BackendUnavailableError: The backend asked for, or every backend, cannot serve.
     """
     forced = explicit or _env.forced_backend()
-    candidates = [b for b in _ops[op] if forced is None or b.name == forced]
     passed_over: list[str] = []
-    for backend in candidates:
-        reason = backend.refusal(inputs)
+    for backend in _ops[op]:
+        if forced is not None and backend.name != forced:
+            continue
+        reason = backend.probe() or backend.is_supported(*inputs)  # written out: every op pays
         if reason is None:
             if passed_over:
                 _log_fallback(op, backend.name, passed_over)

@@ -15,8 +15,18 @@ CACHE = "PINET_FAST_CACHE"
 """Folder of prepared stores; default ``$XDG_CACHE_HOME/pinet_fast`` or ``~/.cache/pinet_fast``."""
 
 
+_RAW: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
+_RAW_BACKEND = os.fsencode(BACKEND)
+
+
 def forced_backend() -> str | None:
-    """Return the backend forced by ``PINET_FAST_BACKEND``, or None."""
+    """Return the backend forced by ``PINET_FAST_BACKEND``, or None.
+
+    Every call of every op asks. Most find nothing, which the mapping below ``os.environ`` says
+    without the four Python calls that encode and decode a name.
+    """
+    if _RAW is not None and _RAW_BACKEND not in _RAW:
+        return None
     return os.environ.get(BACKEND) or None
 
 

@@ -33,7 +33,7 @@ def run_forward(
     lse: Tensor,
 ) -> None:
     """Write ``out`` and ``lse``; arguments as of the reference."""
-    torch.ops.pinet_cpp.ragged_attention(
+    torch.ops.pinet_cpp.ragged_attention.default(
         _with_unit_columns(qkv), offsets.contiguous(), dropout, _number(seed), out, lse
     )
 
@@ -50,7 +50,7 @@ def run_backward(
     grad_qkv: Tensor,
 ) -> None:
     """Write ``grad_qkv``; arguments as of the reference."""
-    torch.ops.pinet_cpp.ragged_attention_backward(
+    torch.ops.pinet_cpp.ragged_attention_backward.default(
         _with_unit_columns(grad), _with_unit_columns(qkv), offsets.contiguous(), dropout,
         _number(seed), out, lse, grad_qkv,
     )  # fmt: skip

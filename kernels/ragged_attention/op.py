@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -146,9 +146,8 @@ def _kernel(
 ) -> tuple[Tensor, Tensor]:
     # The choice is made here, not in the public function: see stratum_gram.
     chosen = _registry.select("ragged_attention", (qkv,), backend or None)
-    with torch.no_grad():
-        out, lse = _fake(qkv, offsets, max_len, dropout, seed, backend)
-        chosen.impl(qkv, offsets, max_len, dropout, seed, out, lse)
+    out, lse = _fake(qkv, offsets, max_len, dropout, seed, backend)
+    without_graph(chosen.impl, qkv, offsets, max_len, dropout, seed, out, lse)
     _registry.record_call("ragged_attention", chosen.name)
     return out, lse
 
@@ -181,9 +180,8 @@ def _backward_kernel(
     backend: str,
 ) -> Tensor:
     chosen = _registry.select("ragged_attention_backward", (qkv,), backend or None)
-    with torch.no_grad():
-        grad_qkv = qkv.new_empty(qkv.shape)
-        chosen.impl(grad, qkv, offsets, max_len, dropout, seed, out, lse, grad_qkv)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    without_graph(chosen.impl, grad, qkv, offsets, max_len, dropout, seed, out, lse, grad_qkv)
     _registry.record_call("ragged_attention_backward", chosen.name)
     return grad_qkv
 

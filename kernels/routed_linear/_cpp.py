@@ -59,11 +59,11 @@ def run_forward(
 ) -> None:
     """Write ``out``; arguments as of the reference."""
     if order is None:
-        torch.ops.pinet_cpp.routed_linear(rows, weight, bias, row_offsets, out)
+        torch.ops.pinet_cpp.routed_linear.default(rows, weight, bias, row_offsets, out)
         return
     sorted_out = torch.empty_like(out)
     sorted_rows = rows.index_select(0, order)
-    torch.ops.pinet_cpp.routed_linear(sorted_rows, weight, bias, row_offsets, sorted_out)
+    torch.ops.pinet_cpp.routed_linear.default(sorted_rows, weight, bias, row_offsets, sorted_out)
     out.index_copy_(0, order, sorted_out)
 
 
@@ -84,7 +84,9 @@ def run_backward(
         assert weight is not None
         sorted_out = grad_rows if order is None else torch.empty_like(grad_rows)
         transposed = weight.transpose(1, 2)
-        torch.ops.pinet_cpp.routed_linear(sorted_grad, transposed, None, row_offsets, sorted_out)
+        torch.ops.pinet_cpp.routed_linear.default(
+            sorted_grad, transposed, None, row_offsets, sorted_out
+        )
         if order is not None:
             grad_rows.index_copy_(0, order, sorted_out)
     if grad_weight is None and grad_bias is None:
@@ -93,7 +95,7 @@ def run_backward(
     if order is not None and grad_weight is not None:
         sorted_rows = rows.index_select(0, order)
     # What a head's rows give its weight is what a stratum's rows give a shared one.
-    torch.ops.pinet_cpp.stratified_linear_backward(
+    torch.ops.pinet_cpp.stratified_linear_backward.default(
         grad, None, sorted_grad, sorted_rows, row_offsets, ids, None, grad_weight, grad_bias
     )
 

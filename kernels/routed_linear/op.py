@@ -10,7 +10,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -209,9 +209,8 @@ def _kernel(
     # The choice is made here, not in the public function: see stratum_gram.
     inputs = (rows, weight, bias, ids, row_offsets, order)
     chosen = _registry.select("routed_linear", inputs, backend or None)
-    with torch.no_grad():
-        out = rows.new_empty((rows.shape[0], weight.shape[1]))
-        chosen.impl(*inputs, out)
+    out = rows.new_empty((rows.shape[0], weight.shape[1]))
+    without_graph(chosen.impl, *inputs, out)
     _registry.record_call("routed_linear", chosen.name)
     return out
 
@@ -242,9 +241,8 @@ def _backward_kernel(
 ) -> list[Tensor]:
     inputs = (grad, rows, weight, ids, row_offsets, order)
     chosen = _registry.select("routed_linear_backward", inputs, backend or None)
-    with torch.no_grad():
-        outs = _gradients(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
-        chosen.impl(*inputs, *outs)
+    outs = _gradients(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
+    without_graph(chosen.impl, *inputs, *outs)
     _registry.record_call("routed_linear_backward", chosen.name)
     return [out for out in outs if out is not None]
 

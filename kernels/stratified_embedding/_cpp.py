@@ -35,7 +35,7 @@ def run_reduce(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows [U], values [S, U, ...] and touched [S, U]; arguments as of the reference."""
     try:
-        return torch.ops.pinet_cpp.stratified_embedding_reduce(  # type: ignore[no-any-return]
+        return torch.ops.pinet_cpp.stratified_embedding_reduce.default(  # type: ignore[no-any-return]
             ids, strata, grads, num_strata, num_rows
         )
     except RuntimeError:
@@ -48,7 +48,7 @@ def run_add(
 ) -> None:
     """Add the sums to ``dense`` [S, V, ...]; arguments as of the reference."""
     try:
-        torch.ops.pinet_cpp.stratified_embedding_add(dense, ids, strata, grads)
+        torch.ops.pinet_cpp.stratified_embedding_add.default(dense, ids, strata, grads)
     except RuntimeError:
         check_ranges(ids, strata, dense.shape[0], dense.shape[1])
         raise

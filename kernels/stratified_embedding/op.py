@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -254,8 +254,7 @@ def _reduce_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # The choice is made here, not in the public function: see stratum_gram.
     chosen = _registry.select("stratified_embedding_reduce", (grads[0],), backend or None)
-    with torch.no_grad():
-        result = chosen.impl(ids, strata, grads, num_strata, num_rows)
+    result = without_graph(chosen.impl, ids, strata, grads, num_strata, num_rows)
     _registry.record_call("stratified_embedding_reduce", chosen.name)
     return result  # type: ignore[no-any-return]
 
@@ -281,8 +280,7 @@ def _add_kernel(
     dense: Tensor, ids: list[Tensor], strata: list[Tensor], grads: list[Tensor], backend: str
 ) -> None:
     chosen = _registry.select("stratified_embedding_add", (dense,), backend or None)
-    with torch.no_grad():
-        chosen.impl(dense, ids, strata, grads)
+    without_graph(chosen.impl, dense, ids, strata, grads)
     # Nobody else tells autograd that this tensor changed.
     torch.autograd.graph.increment_version(dense)
     _registry.record_call("stratified_embedding_add", chosen.name)

@@ -25,7 +25,7 @@ _FUSED_WEIGHT = 2**16  # numbers of a weight that stay in a cache beside the row
 @functools.cache
 def has_tuned_blas() -> bool:
     """Return whether the vendor's BLAS has kernels made for this processor."""
-    return bool(torch.ops.pinet_cpp.cpu_has_tuned_blas())
+    return bool(torch.ops.pinet_cpp.cpu_has_tuned_blas.default())
 
 
 def is_fused(dtype: torch.dtype, num_strata: int, size: int) -> bool:
@@ -69,14 +69,14 @@ def run(
 ) -> None:
     """Write the gradients that are wanted; arguments as of the reference."""
     if is_fused(rows.dtype, len(row_offsets) - 1, grad.shape[1] * rows.shape[1]):
-        torch.ops.pinet_cpp.stratified_linear_fused(
+        torch.ops.pinet_cpp.stratified_linear_fused.default(
             grad, weight, rows, row_offsets, order, grad_rows, grad_weight, grad_bias
         )
         return
     by_stratum = (grad, rows)
     if order is not None and grad_weight is not None:
         by_stratum = (grad.index_select(0, order), rows.index_select(0, order))
-    torch.ops.pinet_cpp.stratified_linear_backward(
+    torch.ops.pinet_cpp.stratified_linear_backward.default(
         grad,
         weight,
         *by_stratum,

@@ -10,7 +10,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -246,9 +246,8 @@ def _kernel(
     # The choice is made here, not in the public function: see stratum_gram.
     inputs = (grad, rows, weight, ids, row_offsets, order)
     chosen = _registry.select("stratified_linear_backward", inputs, backend or None)
-    with torch.no_grad():
-        outs = _outputs(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
-        chosen.impl(*inputs, *outs, precision)
+    outs = _outputs(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
+    without_graph(chosen.impl, *inputs, *outs, precision)
     _registry.record_call("stratified_linear_backward", chosen.name)
     return [out for out in outs if out is not None]
 

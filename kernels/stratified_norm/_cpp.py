@@ -49,7 +49,7 @@ def run(
     strata = next((x.shape[0] for x in (grad_weight, grad_bias) if x is not None), None)
     if strata is None:  # nothing by stratum: all rows are of one
         strata, ids = 1, torch.zeros_like(ids)
-    torch.ops.pinet_cpp.stratified_norm_backward(
+    torch.ops.pinet_cpp.stratified_norm_backward.default(
         grad,
         rows,
         mean.contiguous(),

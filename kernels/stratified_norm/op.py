@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -227,9 +227,8 @@ def _kernel(
     # The choice is made here, not in the public function: see stratum_gram.
     inputs = (grad, rows, mean, rstd, weight, ids)
     chosen = _registry.select("stratified_norm_backward", (*inputs, num_strata), backend or None)
-    with torch.no_grad():
-        outs = _outputs(rows, num_strata, need_rows, need_weight, need_bias)
-        chosen.impl(*inputs, *outs)
+    outs = _outputs(rows, num_strata, need_rows, need_weight, need_bias)
+    without_graph(chosen.impl, *inputs, *outs)
     _registry.record_call("stratified_norm_backward", chosen.name)
     return [out for out in outs if out is not None]
 

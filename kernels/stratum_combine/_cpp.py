@@ -42,7 +42,7 @@ def run(
     row_of = [-1 if row is None else next(given) for row in rows]
     if weights.stride(0) == 0:  # one row of weights for all
         weights = weights[:1]
-    torch.ops.pinet_cpp.stratum_combine(
+    torch.ops.pinet_cpp.stratum_combine.default(
         grads, weights.contiguous(), scale, outs, [int(add) for add in accumulate], touched, row_of
     )
 

@@ -10,7 +10,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -231,9 +231,8 @@ def _kernel(
 ) -> None:
     # The choice is made here, not in the public function: see stratum_gram.
     chosen = _registry.select("stratum_combine", (grads, outs), backend or None)
-    with torch.no_grad():
-        by_parameter = weights.expand(len(grads), -1)
-        chosen.impl(grads, by_parameter, outs, scale, accumulate, rows)
+    by_parameter = weights.detach().expand(len(grads), -1)
+    without_graph(chosen.impl, grads, by_parameter, outs, scale, accumulate, rows)
     # Nobody else tells autograd that these tensors changed.
     torch.autograd.graph.increment_version(outs)
     _registry.record_call("stratum_combine", chosen.name)

@@ -28,7 +28,7 @@ def is_supported(grads: Sequence[Tensor]) -> str | None:
 
 def run(grads: Sequence[Tensor], out: Tensor) -> None:
     """Write the Gram of every parameter into ``out`` [P, S, S] float64."""
-    torch.ops.pinet_cpp.stratum_gram(grads, out)
+    torch.ops.pinet_cpp.stratum_gram.default(grads, out)
 
 
 BACKEND = Backend(

@@ -10,7 +10,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -138,9 +138,8 @@ def _kernel(grads: list[Tensor], backend: str) -> Tensor:
     # The choice is made here, not in the public function, so that a compiled graph holds one call
     # and neither the environment nor this machine's backends.
     chosen = _registry.select("stratum_gram", (grads,), backend or None)
-    with torch.no_grad():
-        out = _empty_gram(grads)
-        chosen.impl(grads, out)
+    out = _empty_gram(grads)
+    without_graph(chosen.impl, grads, out)
     _registry.record_call("stratum_gram", chosen.name)
     return out
 

@@ -42,7 +42,7 @@ def run(
 ) -> None:
     """Write the weights of every Gram into ``out`` [P, S] float64."""
     keys = None if keys is None else keys.contiguous()
-    torch.ops.pinet_cpp.stratum_solve(gram.contiguous(), _NUMBER[rule], kept, c, keys, out)
+    torch.ops.pinet_cpp.stratum_solve.default(gram.contiguous(), _NUMBER[rule], kept, c, keys, out)
 
 
 BACKEND = Backend(

@@ -25,7 +25,7 @@ def is_supported(rows: Tensor, ids: Tensor, num_strata: int) -> str | None:
 
 def run(rows: Tensor, ids: Tensor, out: Tensor) -> None:
     """Write the sums into ``out``; arguments as of the reference."""
-    torch.ops.pinet_cpp.stratum_sums(rows, ids.contiguous(), out)
+    torch.ops.pinet_cpp.stratum_sums.default(rows, ids.contiguous(), out)
 
 
 BACKEND = Backend(

@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -125,9 +125,8 @@ NAMESPACE.define(  # type: ignore[no-untyped-call]
 def _kernel(rows: Tensor, ids: Tensor, num_strata: int, backend: str) -> Tensor:
     # The choice is made here, not in the public function: see stratum_gram.
     chosen = _registry.select("stratum_sums", (rows, ids, num_strata), backend or None)
-    with torch.no_grad():
-        out = _fake(rows, ids, num_strata, backend)
-        chosen.impl(rows, ids, out)
+    out = _fake(rows, ids, num_strata, backend)
+    without_graph(chosen.impl, rows, ids, out)
     _registry.record_call("stratum_sums", chosen.name)
     return out
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.function import once_differentiable
 
+from pinet_fast.aggregation.first_order import first_order
 from pinet_fast.aggregation.rows import row_tensor
 from pinet_fast.kernels import (
     stratified_linear_backward,
@@ -42,13 +42,13 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
-def folding(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return ``weight`` such that products with ``rows`` take the path they take for a parameter.
+def folding(weight: Tensor) -> Tensor:
+    """Return ``weight`` such that products with strided rows take the path of a parameter.
 
     torch folds strided batches of rows into one product where the weight requires a gradient, and
     not elsewhere; the two round differently.
     """
-    return weight if rows.is_contiguous() else weight.detach().requires_grad_()
+    return weight.detach().requires_grad_()
 
 
 class StratifiedLinear(torch.autograd.Function):
@@ -68,10 +68,10 @@ class StratifiedLinear(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
-        return F.linear(rows, folding(rows, weight), bias)
+        return F.linear(rows, weight if rows.is_contiguous() else folding(weight), bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, _ = ctx.saved_tensors
         needs, groups = ctx.needs_input_grad, ctx.groups
@@ -103,10 +103,10 @@ class StratifiedMatmul(torch.autograd.Function):
         ctx.save_for_backward(rows, weight, weight)  # one more than the op replaced, see above
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
-        return torch.matmul(rows, folding(rows, weight))
+        return torch.matmul(rows, weight if rows.is_contiguous() else folding(weight))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, _ = ctx.saved_tensors
         groups = ctx.groups
@@ -146,7 +146,7 @@ class StratifiedLayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, mean, rstd, weight, _, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -203,7 +203,7 @@ class StratifiedGroupNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, mean, rstd, weight, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad

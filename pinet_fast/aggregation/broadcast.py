@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pinet_fast.aggregation.first_order import first_order
 from pinet_fast.kernels import stratum_sums
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class StratifiedBroadcast(torch.autograd.Function):
         return rows * parameter if multiply else rows + parameter
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_rows, product = grad, grad
         if ctx.multiply:
@@ -78,7 +78,7 @@ class StratifiedDivision(torch.autograd.Function):
         return parameter / rows if by_rows else rows / parameter
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, parameter, _ = ctx.saved_tensors
         above, below = (parameter, rows) if ctx.by_rows else (rows, parameter)
@@ -112,7 +112,7 @@ class StratifiedPReLU(torch.autograd.Function):
         return F.prelu(rows, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, _ = ctx.saved_tensors
         shape = [1] * rows.dim()

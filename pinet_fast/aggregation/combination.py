@@ -124,7 +124,7 @@ def _mixed(touched: Sequence[tuple[Tensor, StratumGradient]], weights: Tensor) -
         else torch.empty_like(p, memory_format=torch.contiguous_format)
         for p, g in touched
     ]  # fmt: skip
-    for device in dict.fromkeys(out.device for out in outs):
+    for device in dict.fromkeys([out.device for out in outs]):
         here = [i for i, out in enumerate(outs) if out.device == device]
         of_these = weights if weights.dim() == 1 or len(here) == len(outs) else weights[here]
         stratum_combine(
@@ -144,8 +144,7 @@ def _leak_state(session: Session) -> LeakState:
         return "attributed-by-row"
     if check.mode == "never" or session.interception is None or session.scalar is not None:
         return "unchecked"
-    armed = any(step is None for _, step in check.coverage())
-    return "armed" if armed and check.mode == "first" else "proven"
+    return "armed" if check.mode == "first" and check.has_unproven else "proven"
 
 
 def reported_losses(losses: StratumLosses) -> Tensor:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pinet_fast.aggregation.first_order import first_order
 from pinet_fast.kernels import stratum_sums
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class StratifiedConv1d(torch.autograd.Function):
         return torch.conv1d(rows, weight, bias, *window)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, _ = ctx.saved_tensors
         needs, groups, window = ctx.needs_input_grad, ctx.groups, ctx.window

@@ -167,7 +167,12 @@ class LeakCheck:
     @property
     def is_armed(self) -> bool:
         """Return whether something is left to prove."""
-        return self.mode == "always" or any(proof.step is None for proof in self._proofs.values())
+        return self.mode == "always" or self.has_unproven
+
+    @property
+    def has_unproven(self) -> bool:
+        """Return whether a site that was seen is not proven yet."""
+        return None in [proof.step for proof in self._proofs.values()]
 
     def proven_role(self, parameter: tuple[int, ...], op: str) -> tuple[str, int] | None:
         """Return the kind of rows and their dimension that is proven for all uses, or None."""

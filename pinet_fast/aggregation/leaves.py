@@ -132,6 +132,7 @@ class VirtualLeaves:
     _terms: list[Term] = field(default_factory=list)
     _is_sparse: dict[int, bool] = field(default_factory=dict)
     _is_watched: bool = False
+    _shares_rows: bool = False
     _prepared: dict[int, Tensor] = field(default_factory=dict)
 
     def prepare(self, roots: Iterable[Root]) -> None:
@@ -152,18 +153,21 @@ class VirtualLeaves:
             leaf = self._prepared.get(id(root))
             leaf = self._new(root) if leaf is None else self._watched(leaf)
             entry = self._dense[id(root)] = (root, leaf)
+            self._shares_rows |= root.has_rows
         return entry[1]
 
     def lookup(self, root: Root) -> Tensor:
         """Return a virtual leaf for one lookup in ``root``; its gradient will be sparse."""
         leaf = self._new(root)
         self._lookups.append(Lookup(root, leaf))
+        self._shares_rows |= root.has_rows
         return leaf
 
     def delivered_lookup(self, root: Root, delivered: dict[int, Tensor], number: int) -> Tensor:
         """Return a leaf [1] for one lookup of a compiled graph, which delivers past the leaf."""
         leaf = self._watched(root.tensor.new_zeros(1).requires_grad_())
         self._lookups.append(Lookup(root, leaf, delivered, number))
+        self._shares_rows |= root.has_rows
         return leaf
 
     def note_lookup(self, root: Root, is_sparse: bool) -> None:
@@ -191,9 +195,7 @@ class VirtualLeaves:
     @property
     def share_rows(self) -> bool:
         """Return whether rows took part in shared work, whose graph is needed again."""
-        return any(root.has_rows for root, _ in self._dense.values()) or any(
-            entry.root.has_rows for entry in self._lookups
-        )
+        return self._shares_rows
 
     def clear_gradients(self) -> None:
         """Drop what has arrived."""

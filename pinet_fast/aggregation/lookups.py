@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from pinet_fast.aggregation.first_order import first_order
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.layout import RowLayout
@@ -53,7 +54,7 @@ class StratifiedEmbedding(torch.autograd.Function):
         return table[ids] if indexing else F.embedding(ids, table)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, strata = ctx.saved_tensors
         flat_ids = ids.reshape(-1).long()
@@ -110,7 +111,7 @@ class StratifiedEmbeddingBag(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, bags, best, bag_strata, item_weights, table = ctx.saved_tensors
         is_item = torch.ones_like(ids, dtype=torch.bool)

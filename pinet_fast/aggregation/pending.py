@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from pinet_fast.aggregation.leaves import Collected
     from pinet_fast.aggregation.stratum_gradient import StratumGradient
@@ -68,7 +68,7 @@ class PendingGradients:
         Where something else has written to ``p.grad`` since (clipping, a plain backward, a reset),
         the earlier backwards are left in it as they are, and the sum starts anew.
         """
-        if not all(entry.is_untouched for entry in self._entries.values()):
+        if self._entries and not all(entry.is_untouched for entry in self._entries.values()):
             self.clear()
         before = self._present or [False] * len(present)
         self._present = [a or b for a, b in zip(before, present, strict=True)]
@@ -99,17 +99,25 @@ class PendingGradients:
         gradients = iter(combined)
         for entry in self._entries.values():
             p = entry.parameter
-            gradient = summed(None if entry.strata is None else next(gradients), entry.term)
+            gradient = None if entry.strata is None else next(gradients)
+            if entry.term is not None:
+                gradient = summed(gradient, entry.term)
             assert gradient is not None
-            for hook in _hooks(p, "_backward_hooks"):
-                changed = hook(gradient)
-                gradient = gradient if changed is None else changed
-            p.grad = summed(entry.before, gradient)
-            assert p.grad is not None
-            entry.written = (p.grad, p.grad._version)
+            hooks = p._backward_hooks
+            if hooks:
+                for hook in list(hooks.values()):
+                    changed = hook(gradient)
+                    gradient = gradient if changed is None else changed
+            if entry.before is not None:
+                gradient = summed(entry.before, gradient)
+            p.grad = gradient
+            assert gradient is not None
+            entry.written = (gradient, gradient._version)
         for entry in self._entries.values():
-            for hook in _hooks(entry.parameter, "_post_accumulate_grad_hooks"):
-                hook(entry.parameter)
+            after = entry.parameter._post_accumulate_grad_hooks
+            if after:
+                for hook in list(after.values()):
+                    hook(entry.parameter)
 
 
 def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -137,13 +145,9 @@ def gradients_apart(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None
         p.grad = None
     try:
         yield caught
-        caught.extend(p.grad for p in parameters)
+        caught.extend([p.grad for p in parameters])
     finally:
         for p, grad in zip(parameters, before, strict=True):
             p.grad = grad
         for p, name, hooks in hooked:
             setattr(p, name, hooks)
-
-
-def _hooks(parameter: Tensor, name: str) -> list[Callable[..., Any]]:
-    return list((getattr(parameter, name) or {}).values())

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pinet_fast.aggregation.first_order import first_order
 from pinet_fast.kernels import stratified_linear_backward, stratum_sums
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class StratifiedContraction(torch.autograd.Function):
         return function(rows, weight)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, _ = ctx.saved_tensors
         # Under autocast, as the cast in front of the product.
@@ -171,7 +171,7 @@ class StratifiedBilinear(torch.autograd.Function):
         return torch.bilinear(left, right, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right, weight, _ = ctx.saved_tensors
         needs, groups = ctx.needs_input_grad, ctx.groups

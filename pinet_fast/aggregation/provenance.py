@@ -37,41 +37,64 @@ class _Node:
     parents: Sequence[Any]
 
 
-def trace(tensor: Tensor) -> RowLayout | None:
-    """Return the row layout of ``tensor`` as its graph tells, or None where it does not."""
-    found = _walk(tensor.grad_fn, tuple(tensor.shape), budget=[_MAX_NODES])
-    if found is None or not _fits(found, tuple(tensor.shape)):
+Traced = dict[int, tuple[Any, RowLayout]]
+"""Layouts of nodes by identity; the nodes are kept with them, so that no identity is used again."""
+
+
+def trace(tensor: Tensor, known: Traced | None = None) -> RowLayout | None:
+    """Return the row layout of ``tensor`` as its graph tells, or None where it does not.
+
+    Args:
+        tensor: The tensor.
+        known: What was traced before in this graph; the walk ends there, and what is found is
+            added. So the residual stream of a deep model is walked once, not anew at every layer.
+    """
+    node, shape = tensor.grad_fn, tuple(tensor.shape)
+    known = {} if known is None else known
+    found = _walk(node, shape, [_MAX_NODES], known)
+    if found is None or not _fits(found, shape):
         return None
+    known[id(node)] = (node, found)
     return found
 
 
-def _walk(node: Any, shape: Shape, budget: list[int]) -> RowLayout | None:
-    while type(node).__name__ in _SAME_SHAPE:  # most of what lies between two boundaries
-        parents = _parents(node)
-        if len(parents) != 1:
-            break
-        node = parents[0]
+def _walk(node: Any, shape: Shape, budget: list[int], known: Traced) -> RowLayout | None:
+    # Written out, without functions of its own: every boundary of a forward pays for this.
+    while node is not None and budget[0] > 0:
         budget[0] -= 1
+        is_same = type(node).__name__ in _SAME_SHAPE
+        layout = None if is_same else getattr(node, "layout", None)
+        if layout is None and id(node) in known:
+            layout = known[id(node)][1]
+        if layout is not None:
+            return layout if _fits(layout, shape) else None
+        if not is_same:
+            break
+        parents = []
+        for parent, _ in node.next_functions:
+            if parent is not None:
+                parents.append(parent)  # a comprehension is a call
+        for parent in parents[:-1]:
+            found = _walk(parent, shape, budget, known)
+            if found is not None:
+                return found
+        node = parents[-1] if parents else None
     if node is None or budget[0] <= 0:
         return None
-    budget[0] -= 1
-    layout = getattr(node, "layout", None)
-    if layout is not None:
-        return layout if _fits(layout, shape) else None
     reader = _READERS.get(type(node).__name__)
     back = reader(node, shape) if reader is not None else None
     if back is None:
         return None
     for parent in back.parents:
-        found = _walk(parent, back.shape, budget)
+        found = _walk(parent, back.shape, budget, known)
         if found is not None:
             return back.step(found)
     return None
 
 
 def _fits(layout: RowLayout, shape: Shape) -> bool:
-    rows = layout.outer * layout.groups.num_rows * layout.inner
-    return layout.dim < len(shape) and shape[layout.dim] == rows
+    dim, _, groups, outer, inner = layout
+    return dim < len(shape) and shape[dim] == outer * groups.offsets[-1] * inner
 
 
 def _parents(node: Any) -> list[Any]:
@@ -264,7 +287,6 @@ _ELEMENTWISE = (
 _SAME_SHAPE = frozenset(f"{name}Backward{i}" for name in _ELEMENTWISE for i in range(3))
 
 _READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
-    **dict.fromkeys(_SAME_SHAPE, _same),
     "ViewBackward0": _view,
     "UnsafeViewBackward0": _view,
     "ReshapeAliasBackward0": _view,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from pinet_fast.aggregation.first_order import first_order
 from pinet_fast.kernels import stratified_linear_backward
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class StratifiedRecurrent(torch.autograd.Function):
         return out if last is None else (out, last.view_as(last))
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad: Tensor | None, grad_memory: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pinet_fast.aggregation.layout import RowLayout
-from pinet_fast.aggregation.provenance import trace
+from pinet_fast.aggregation.provenance import Traced, trace
 from pinet_fast.aggregation.strata_index import RowGroups, StrataIndex
 from pinet_fast.errors import RowLayoutError
 
@@ -57,6 +57,7 @@ class BatchRows:
         self._is_row_size: dict[int, bool] = {}
         self._exact: dict[tuple[int, ...], RowLayout | None] = {}
         self._repeated: dict[tuple[int, int, int], RowGroups] = {}
+        self._traced: Traced = {}
 
     def find(self, shape: tuple[int, ...], tensor: Tensor | None = None) -> RowLayout | None:
         """Return the layout of a tensor whose candidate dimensions have the sizes ``shape``.
@@ -75,7 +76,9 @@ class BatchRows:
             RowLayoutError: Two dimensions qualify and the graph does not tell.
         """
         # The graph first: rows that were chosen from the batch may have its size by chance.
-        traced = None if tensor is None or tensor.grad_fn is None else trace(tensor)
+        traced = None
+        if tensor is not None and tensor.grad_fn is not None:
+            traced = trace(tensor, self._traced)
         if traced is not None and traced.dim < len(shape) and shape[traced.dim] >= 0:
             return traced
         exact = self.find_exact(shape)
