@@ -39,11 +39,6 @@ CASES: dict[str, tuple[Call, str, Call | str]] = {
         r"linear: .* got p \[4, 4\], a tensor \[7, 4\].*F\.linear\(rows, parameter\)\.T",
         lambda p, x: F.linear(x, p),
     ),
-    "matmul of a parameter": (
-        lambda p, x: (p @ x.T).T,
-        r"matmul: expected rows .* got \[4, 4\] times \[4, 7\]; put the rows on the left",
-        lambda p, x: x @ p.T,
-    ),
     "layer_norm of a parameter": (
         lambda p, x: F.layer_norm(row_like(p), (B,), x[:, 0]),
         r"layer_norm: .* got p \[7\].*shared\(\).*mode=\"exact\"",
