@@ -10,11 +10,12 @@ from torch import Tensor
 from pinet_fast.aggregation.boundary import apply
 from pinet_fast.aggregation.boundary_rules import Args, Func, Kwargs, bind
 from pinet_fast.aggregation.broadcast import StratifiedBroadcast, StratifiedDivision
-from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
+from pinet_fast.aggregation.roots import func_name
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
 if TYPE_CHECKING:
+    from pinet_fast.aggregation.interception import BoundaryRule, Interception
     from pinet_fast.aggregation.layout import RowLayout
     from pinet_fast.aggregation.leaves import Root
 
