@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import apply
-from pinet_fast.aggregation.boundary_rules import bind
 from pinet_fast.aggregation.lookups import StratifiedEmbedding, StratifiedEmbeddingBag
 from pinet_fast.aggregation.roots import func_name
+from pinet_fast.aggregation.rule_arguments import bind
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
