@@ -1,20 +1,26 @@
-"""Boundary rules of broadcasting: ``rows + p``, ``rows - p``, ``rows * p``, ``rows / p``."""
+"""Boundary rules of broadcasting: ``rows + p``, ``- p``, ``* p``, ``/ p``, and ``prelu``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import apply
-from pinet_fast.aggregation.boundary_rules import Args, Func, Kwargs, bind
-from pinet_fast.aggregation.broadcast import StratifiedBroadcast, StratifiedDivision
-from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
+from pinet_fast.aggregation.broadcast import (
+    StratifiedBroadcast,
+    StratifiedDivision,
+    StratifiedPReLU,
+)
+from pinet_fast.aggregation.roots import func_name
+from pinet_fast.aggregation.rule_arguments import Args, Func, Kwargs, autocast, bind
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
 if TYPE_CHECKING:
+    from pinet_fast.aggregation.interception import BoundaryRule, Interception
     from pinet_fast.aggregation.layout import RowLayout
     from pinet_fast.aggregation.leaves import Root
 
@@ -138,6 +144,31 @@ def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
 _DIVISIONS = ("div", "divide", "true_divide", "truediv")
 
 
+def _prelu_arguments(input: Any, weight: Any) -> Args:
+    return input, weight
+
+
+def _prelu(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    rows, weight = bind(_prelu_arguments, args, kwargs)
+    root = mode.root_of(weight)
+    if root is None or mode.root_of(rows) is not None:
+        raise BoundaryError(
+            "prelu: expected rows of the batch and a parameter as the weight, got "
+            f"{mode.describe([rows, weight])}; mark work that belongs to no user by "
+            '`with opt.shared():`, or use GradientAggregator(..., mode="exact")'
+        )
+    sizes = list(rows.shape)
+    if weight.numel() > 1:
+        sizes[1] = -1  # channels
+    layout = mode.find(tuple(sizes), rows, (root,), "prelu")
+    if layout is None:
+        return mode.derive(func, args, kwargs)
+    leaf = mode.dense_leaf(root, "prelu", layout)
+    groups = mode.rows.groups_along(layout)
+    rows, slope = autocast(rows, root.detached())
+    return apply(StratifiedPReLU, rows, slope, leaf, groups, layout)
+
+
 def broadcast_rules() -> dict[Any, BoundaryRule]:
     """Return the boundary rules of broadcasting by torch function."""
     rules: dict[Any, BoundaryRule] = {}
@@ -154,4 +185,4 @@ def broadcast_rules() -> dict[Any, BoundaryRule]:
         "divide_", "true_divide_",
     ):  # fmt: skip
         rules[getattr(Tensor, name)] = _in_place
-    return rules
+    return rules | dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), _prelu)

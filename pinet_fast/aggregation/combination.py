@@ -108,6 +108,20 @@ class Combination:
             leak=_leak_state(session),
         )
 
+    def run_reweighted(self, losses: StratumLosses) -> AggregationReport:
+        """Write ``p.grad`` by one plain backward of the losses times a constant rule's weights."""
+        weights = self.constant_weights(losses.rows)
+        factors = losses.values.new_tensor(weights)
+        with profiling.BACKWARD:
+            torch.autograd.backward(losses.values, factors)
+        return AggregationReport(
+            mode="reweighted",
+            counts=losses.rows.counts,
+            unit=losses.rows.unit,
+            losses=reported_losses(losses),
+            weights=torch.tensor(weights, dtype=torch.float64),
+        )
+
     def _weights(self, grams: Tensor, present: Sequence[bool], rows: LossRows) -> Tensor:
         """Return the rule's weights, float64 [S] or [n_params, S]; absent strata weigh 0."""
         if isinstance(self.rule, ConstantRule):

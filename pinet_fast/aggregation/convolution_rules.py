@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import apply
-from pinet_fast.aggregation.boundary_rules import Args, Func, Kwargs, autocast, bind, detached
 from pinet_fast.aggregation.convolution import StratifiedConv1d, Window
+from pinet_fast.aggregation.rule_arguments import Args, Func, Kwargs, autocast, bind, detached
 from pinet_fast.aggregation.slice_rule import slice_rule
 
 if TYPE_CHECKING:

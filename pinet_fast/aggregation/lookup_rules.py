@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import apply
-from pinet_fast.aggregation.boundary_rules import bind
-from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
 from pinet_fast.aggregation.lookups import StratifiedEmbedding, StratifiedEmbeddingBag
+from pinet_fast.aggregation.roots import func_name
+from pinet_fast.aggregation.rule_arguments import bind
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
+
+if TYPE_CHECKING:
+    from pinet_fast.aggregation.interception import BoundaryRule, Interception
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

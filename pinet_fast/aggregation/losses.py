@@ -187,3 +187,17 @@ def _keeps_terms(node: Any) -> bool:
         factors = (getattr(node, "_saved_self", None), getattr(node, "_saved_other", None))
         return all(f is None or f.numel() == 1 for f in factors)
     return name in _SUMS
+
+
+def check_scalar(losses: Tensor, weights: Tensor | None) -> None:
+    """Check what ``backward`` is given after ``stratify(reduction=...)``.
+
+    Raises:
+        AggregationError: Losses that are not reduced, or weights.
+    """
+    if losses.dim() or weights is not None:
+        raise AggregationError(
+            f"backward: stratify(reduction=...) expects the reduced scalar without weights, got "
+            f"losses of shape {list(losses.shape)}; drop reduction= to have one loss a row reduced "
+            "here"
+        )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import apply
-from pinet_fast.aggregation.boundary_rules import Args, Func, Kwargs, bind, detached
 from pinet_fast.aggregation.products import Letters, StratifiedBilinear, StratifiedContraction
+from pinet_fast.aggregation.rule_arguments import Args, Func, Kwargs, bind, detached
 from pinet_fast.aggregation.slice_rule import slice_rule
 
 if TYPE_CHECKING:

@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import apply
-from pinet_fast.aggregation.boundary_rules import bind
-from pinet_fast.aggregation.interception import BoundaryRule, Interception, func_name
 from pinet_fast.aggregation.recurrent import Cell, StratifiedRecurrent
+from pinet_fast.aggregation.roots import func_name
+from pinet_fast.aggregation.rule_arguments import bind
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pinet_fast.aggregation.interception import BoundaryRule, Interception
     from pinet_fast.aggregation.layout import RowLayout
 
 

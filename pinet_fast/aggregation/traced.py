@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
 
-from pinet_fast.aggregation.interception import Interception, func_name
+from pinet_fast.aggregation.interception import Interception
+from pinet_fast.aggregation.roots import func_name
 from pinet_fast.aggregation.trace import Trace
 from pinet_fast.aggregation.traced_rules import traced_call
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import guards
 from pinet_fast import GradientAggregator
-from pinet_fast.aggregation import optimizer
+from pinet_fast.aggregation import stratifying
 from pinet_fast.kernels import backend_status
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _LOWER = 0.8  # of what is committed: below it, the better number is to be commi
 @pytest.fixture(autouse=True)
 def _nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests compile models in this process, for which eager steps prepare a little more."""
-    monkeypatch.setattr(optimizer, "is_compiler_used", lambda: False)
+    monkeypatch.setattr(stratifying, "is_compiler_used", lambda: False)
 
 
 def test_every_step_has_committed_counts() -> None:
