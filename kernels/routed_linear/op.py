@@ -129,11 +129,14 @@ def _check(
             raise InputError(
                 f"routed_linear: {name}: expected on {here}, as rows, got {other.device}; move it"
             )
+    is_ascending = True
+    for a, b in itertools.pairwise(row_offsets):  # a generator would be a call a stratum
+        is_ascending = is_ascending and a <= b
     if (
         len(row_offsets) != heads + 1
         or row_offsets[0] != 0
         or row_offsets[-1] != count
-        or any(a > b for a, b in itertools.pairwise(row_offsets))
+        or not is_ascending
     ):
         raise InputError(
             f"routed_linear: row_offsets: expected {heads + 1} ascending numbers from 0 to {count},"

@@ -160,12 +160,10 @@ def _check(
                 f"stratified_linear_backward: {name}: expected on {here}, as rows, got "
                 f"{other.device}; move it"
             )
-    if (
-        len(row_offsets) < 2
-        or row_offsets[0] != 0
-        or row_offsets[-1] != count
-        or any(a > b for a, b in itertools.pairwise(row_offsets))
-    ):
+    is_ascending = True
+    for a, b in itertools.pairwise(row_offsets):  # a generator would be a call a stratum
+        is_ascending = is_ascending and a <= b
+    if len(row_offsets) < 2 or row_offsets[0] != 0 or row_offsets[-1] != count or not is_ascending:
         raise InputError(
             "stratified_linear_backward: row_offsets: expected S + 1 ascending numbers from 0 to "
             f"{count}, got {list(row_offsets)[:12]}; count rows by stratum and accumulate"

@@ -7,7 +7,7 @@ the model; outside the ``with`` nothing remains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ class Interception(BoundaryUses, TorchFunctionMode):
 
     def prepare(self, positions: Sequence[int]) -> None:
         """Make the leaves of parameters that the last forward used densely."""
-        self.leaves.prepare(self._roots[id(self.parameters[i])] for i in positions)
+        self.leaves.prepare(self.by_id[id(self.parameters[i])] for i in positions)
 
     def __torch_function__(
         self,
@@ -90,10 +90,22 @@ class Interception(BoundaryUses, TorchFunctionMode):
             return before
         if not torch.is_grad_enabled():
             return func(*args, **(kwargs or {}))
-        if not self.is_shared and not self._meets_root(args, kwargs):
-            if func in GRADIENT_CALLS:
-                return run_in_replay(self, func, args, kwargs or {})
-            return func(*args, **(kwargs or {}))
+        if not self.is_shared:
+            # Every call of the forward pays for this, so the usual arguments are looked at here.
+            roots = self.by_id
+            for value in args:
+                if id(value) in roots:
+                    break
+                if isinstance(value, Tensor):
+                    if value._base is not None and self.root_of(value) is not None:
+                        break
+                elif isinstance(value, list | tuple) and self._meets_root(value):
+                    break
+            else:
+                if not kwargs or not self._meets_root(kwargs.values()):
+                    if func in GRADIENT_CALLS:
+                        return run_in_replay(self, func, args, kwargs or {})
+                    return func(*args, **(kwargs or {}))
         if func in GRADIENT_CALLS:
             return run_in_replay(self, func, args, kwargs or {})
         if self.is_shared:
@@ -103,27 +115,23 @@ class Interception(BoundaryUses, TorchFunctionMode):
                 return self._boundary_or_derived(func, args, kwargs or {})
         return self._boundary_or_derived(func, args, kwargs or {})
 
-    def _meets_root(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
-        """Return whether a root is among the arguments; every call of the forward pays for this."""
-        roots = self._roots
-        for value in args:
-            if id(value) in roots:
-                return True
+    def _meets_root(self, values: Iterable[Any]) -> bool:
+        """Return whether a root is among values, or in a list or tuple among them."""
+        for value in values:
             if isinstance(value, Tensor):
-                if value._base is not None and self.root_of(value) is not None:
+                if self.root_of(value) is not None:
                     return True
-            elif isinstance(value, list | tuple):
-                for inner in value:
-                    if isinstance(inner, Tensor) and self.root_of(inner) is not None:
-                        return True
-        return bool(kwargs) and self._meets_root(tuple(kwargs.values()), None)  # type: ignore[union-attr]
+            elif isinstance(value, list | tuple) and self._meets_root(value):
+                return True
+        return False
 
     def _boundary_or_derived(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if (func in _ROWS_FIRST and args and id(args[0]) not in self._roots) or func in _TWO_SIDED:
+        if (func in _ROWS_FIRST and args and id(args[0]) not in self.by_id) or func in _TWO_SIDED:
             try:
-                self._refuse_transforms()
+                if torch._C._functorch.maybe_current_level() is not None:
+                    self._refuse_transforms()
                 return self._rules[func](self, func, args, kwargs)
             except PinetError as error:
                 described = self.describe(list(tensors_among(args, kwargs)))

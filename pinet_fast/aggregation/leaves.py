@@ -151,7 +151,10 @@ class VirtualLeaves:
         entry = self._dense.get(id(root))
         if entry is None:
             leaf = self._prepared.get(id(root))
-            leaf = self._new(root) if leaf is None else self._watched(leaf)
+            if leaf is None:
+                leaf = self._new(root)
+            elif self.watches_all or not self._is_watched:
+                leaf = self._watched(leaf)
             entry = self._dense[id(root)] = (root, leaf)
             self._shares_rows |= root.has_rows
         return entry[1]

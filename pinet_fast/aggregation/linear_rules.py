@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pinet_fast.aggregation.boundary import StratifiedLinear, StratifiedMatmul, apply
-from pinet_fast.aggregation.rule_arguments import Args, Func, Kwargs, autocast, bind, detached
+from pinet_fast.aggregation.rule_arguments import Args, Func, Kwargs, autocast, bind
 from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.errors import BoundaryError
 
@@ -22,9 +22,14 @@ def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> Args:
 
 
 def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    rows, weight, bias = bind(_linear_arguments, args, kwargs)
-    weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
-    if mode.root_of(rows) is not None:
+    # As nn.Linear calls it. Linear layers are most of the boundaries, so calls are spared here.
+    rows, weight, bias = (
+        args if len(args) == 3 and not kwargs else bind(_linear_arguments, args, kwargs)
+    )
+    roots = mode.by_id
+    weight_root = roots.get(id(weight)) or mode.root_of(weight)
+    bias_root = None if bias is None else roots.get(id(bias)) or mode.root_of(bias)
+    if id(rows) in roots or (rows._base is not None and mode.root_of(rows) is not None):
         raise BoundaryError(
             "linear: expected rows of the batch as the input and a parameter as the weight, got "
             f"{mode.describe([rows, weight])}, the other way round; write "
@@ -34,7 +39,10 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     layout = mode.find(shape, rows, (weight_root, bias_root), "linear")
     if layout is None:
         return mode.derive(func, args, kwargs)
-    rows, weight, bias = autocast(rows, detached(weight, weight_root), detached(bias, bias_root))
+    weight = weight if weight_root is None else weight_root.detached()
+    bias = bias if bias_root is None else bias_root.detached()
+    if torch._C._is_any_autocast_enabled():
+        rows, weight, bias = autocast(rows, weight, bias)
     return apply(
         StratifiedLinear,
         rows,

@@ -30,7 +30,8 @@ def _layer_norm_arguments(
 
 def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     rows, normalized_shape, weight, bias, eps = bind(_layer_norm_arguments, args, kwargs)
-    if mode.root_of(rows) is not None:
+    roots = mode.by_id
+    if id(rows) in roots or (rows._base is not None and mode.root_of(rows) is not None):
         raise BoundaryError(
             "layer_norm: expected rows of the batch as the input, got "
             f"{mode.describe([rows])}, and rows as the scale or bias; mark work that belongs to "
@@ -38,7 +39,8 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
         )
     normalized = [int(size) for size in normalized_shape]
     shape = tuple(rows.shape[: rows.dim() - len(normalized)])
-    weight_root, bias_root = mode.root_of(weight), mode.root_of(bias)
+    weight_root = None if weight is None else roots.get(id(weight)) or mode.root_of(weight)
+    bias_root = None if bias is None else roots.get(id(bias)) or mode.root_of(bias)
     layout = mode.find(shape, rows, (weight_root, bias_root), "layer_norm")
     if layout is None:
         return mode.derive(func, args, kwargs)
@@ -48,8 +50,8 @@ def _layer_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> A
         StratifiedLayerNorm,
         rows,
         normalized,
-        detached(weight, weight_root),
-        detached(bias, bias_root),
+        weight if weight_root is None else weight_root.detached(),
+        bias if bias_root is None else bias_root.detached(),
         mode.dense_leaf(weight_root, "layer_norm", layout),
         mode.dense_leaf(bias_root, "layer_norm", layout),
         eps,

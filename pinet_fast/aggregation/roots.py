@@ -39,6 +39,7 @@ class Roots:
 
     Attributes:
         is_shared: Work belongs to no user now: ``shared()`` is entered.
+        by_id: Roots by the identity of their tensors, for a look without a call.
     """
 
     def __init__(
@@ -58,18 +59,18 @@ class Roots:
         self.takes_scalars = takes_scalars
         self.is_shared = False
         # Keys are identities; the values keep the tensors alive, so no key is ever reused.
-        self._roots: dict[int, Root] = {
+        self.by_id: dict[int, Root] = {
             id(p): Root(p, (i,), is_parameter=True) for i, p in enumerate(parameters)
         }
 
     def root_of(self, value: Any) -> Root | None:
         """Return the root that ``value`` is, or None: a parameter, a view of one, or derived."""
-        root = self._roots.get(id(value))
+        root = self.by_id.get(id(value))
         if root is not None:
             return root
         if not isinstance(value, Tensor) or value._base is None:
             return None
-        base = self._roots.get(id(value._base))
+        base = self.by_id.get(id(value._base))
         if base is None or not value.requires_grad:
             return None
         return self._adopt(value, base.sources)  # a view made before this forward
@@ -104,17 +105,17 @@ class Roots:
         out = func(*args, **kwargs)
         sources = tuple(sorted({i for root in roots for i in root.sources}))
         for tensor in tensors_among((out,), {}):
-            if tensor.requires_grad and id(tensor) not in self._roots:
+            if tensor.requires_grad and id(tensor) not in self.by_id:
                 adopted = self._adopt(tensor, sources)
                 adopted.has_rows = has_rows or any(root.has_rows for root in roots)
                 adopted.foreign = (*foreign, *(t for root in roots for t in root.foreign))
         return out
 
     def _adopt(self, tensor: Tensor, sources: tuple[int, ...]) -> Root:
-        base = None if tensor._base is None else self._roots.get(id(tensor._base))
+        base = None if tensor._base is None else self.by_id.get(id(tensor._base))
         transposed_from = base if base is not None and _is_transpose(tensor, base.tensor) else None
-        root = Root(tensor, sources, transposed_from=transposed_from, position=len(self._roots))
-        self._roots[id(tensor)] = root
+        root = Root(tensor, sources, transposed_from=transposed_from, position=len(self.by_id))
+        self.by_id[id(tensor)] = root
         return root
 
     def _joined_term(

@@ -139,6 +139,8 @@ class BatchRows:
             shape: Sizes of all row-like dimensions, the row dimension among them.
         """
         if len(shape) == 1:
+            if layout.inner == 1 and layout.outer == 1:
+                return layout.groups
             return self._expanded(layout.groups, layout.outer, layout.inner)
         inner = layout.inner * math.prod(shape[layout.dim + 1 :])
         outer = layout.outer * math.prod(shape[: layout.dim])

@@ -28,7 +28,7 @@ class Trace:
     """
 
     def __init__(self, mode: TraceableInterception) -> None:
-        roots = [mode._roots[id(p)] for p in mode.parameters]
+        roots = [mode.by_id[id(p)] for p in mode.parameters]
         plan, leaves, strata = mode.plan, mode.leaves, mode.rows.strata
         self.parameters = list(mode.parameters)
         self.leaves = [

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pinet_fast.aggregation.layout import RowLayout
+    from pinet_fast.aggregation.leak_check import Site
     from pinet_fast.aggregation.leaves import Root, Term
     from pinet_fast.aggregation.trace_plan import TracePlan
 
@@ -84,22 +85,24 @@ class TraceableInterception(Interception):
     def derive(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        known = len(self._roots)
+        known = len(self.by_id)
         out = super().derive(func, args, kwargs)
-        if self.trace is None and len(self._roots) != known:
+        if self.trace is None and len(self.by_id) != known:
             if self.is_shared:
                 self.plan.refuse("shared() marks work inside")
-            roots = [self._roots.get(id(a)) for a in args if isinstance(a, Tensor)]
+            roots = [self.by_id.get(id(a)) for a in args if isinstance(a, Tensor)]
             of_parameters = all(root is not None and root.is_parameter for root in roots)
             self.plan.note_derived(func, func_name(func), of_parameters=of_parameters)
         return out
 
-    def _site(self, root: Root, op: str, layout: RowLayout, is_sliced: bool = False) -> Any:
+    def _unproven(
+        self, root: Root, op: str, layout: RowLayout, is_sliced: bool = False
+    ) -> Site | None:
         if self.trace is None:
             self.plan.note_role(root.sources, op, layout, is_sliced=is_sliced)
             if self.saw_hooks:
                 self.plan.refuse("activation checkpointing")
-        return super()._site(root, op, layout, is_sliced)
+        return super()._unproven(root, op, layout, is_sliced)
 
     def dense_leaf(
         self, root: Root | None, op: str, layout: RowLayout, *, is_sliced: bool = False

@@ -100,10 +100,11 @@ class BoundaryUses(Roots):
         """Return the virtual tensor that receives the dense stratum gradients of ``root``."""
         if root is None:
             return None
-        self.saw_hooks = self.saw_hooks or is_recording_hooks()
+        if not self.saw_hooks:
+            self.saw_hooks = is_recording_hooks()
         leaf = self.leaves.dense(root)
-        site = self._site(root, op, layout, is_sliced)
-        if not self.is_replaying and self._check.wants(site, self.leaves.num_strata):
+        site = self._unproven(root, op, layout, is_sliced)
+        if site is not None:
             leaf = leaf.view_as(leaf)  # a node of this use's own, for its own proof
             self.uses.append(Use(site, leaf))
         return leaf
@@ -112,24 +113,33 @@ class BoundaryUses(Roots):
         self, root: Root, op: str, layout: RowLayout, is_sparse: bool = False
     ) -> Tensor:
         """Return a virtual leaf that receives the sparse stratum gradients of one lookup."""
-        self.saw_hooks = self.saw_hooks or is_recording_hooks()
+        if not self.saw_hooks:
+            self.saw_hooks = is_recording_hooks()
         leaf = self.leaves.lookup(root)
         self.leaves.note_lookup(root, is_sparse)
-        site = self._site(root, op, layout)
-        if not self.is_replaying and self._check.wants(site, self.leaves.num_strata):
+        site = self._unproven(root, op, layout)
+        if site is not None:
             self.uses.append(Use(site, leaf))
         return leaf
 
     def term_leaf(self, root: Root, op: str, layout: RowLayout) -> Term:
         """Return a leaf [S] for a derived number that is added to rows."""
-        self.saw_hooks = self.saw_hooks or is_recording_hooks()
+        if not self.saw_hooks:
+            self.saw_hooks = is_recording_hooks()
         term = self.leaves.added_term(root)
-        site = self._site(root, op, layout)
-        if not self.is_replaying and self._check.wants(site, self.leaves.num_strata):
+        site = self._unproven(root, op, layout)
+        if site is not None:
             self.uses.append(Use(site, term.leaf))
         return term
 
-    def _site(self, root: Root, op: str, layout: RowLayout, is_sliced: bool = False) -> Site:
+    def _unproven(
+        self, root: Root, op: str, layout: RowLayout, is_sliced: bool = False
+    ) -> Site | None:
+        """Count a use of ``root``; return its site where this step's leak check is to prove it."""
         key = (root.sources, op, layout.kind, layout.dim)
         occurrence = self._occurrences[key] = self._occurrences.get(key, -1) + 1
-        return Site(root.sources, op, layout.kind, layout.dim, occurrence, is_sliced)
+        place = (*key, occurrence, is_sliced)
+        if place in self._check.settled or self.is_replaying:
+            return None
+        site = Site(*place)
+        return site if self._check.wants(site, self.leaves.num_strata) else None
