@@ -45,6 +45,7 @@ def library_refusal() -> str | None:
     return None
 
 
+@functools.cache
 def cpp_probe(op: str) -> str | None:
     """Return None if the compiled library has an op, else the reason why it cannot serve."""
     if reason := library_refusal():

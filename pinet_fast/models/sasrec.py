@@ -126,7 +126,7 @@ class _Block(nn.Module):
         attended = ragged_attention(qkv, offsets, dropout=rate, max_len=max_len)
         attended = attended.view(num_events, dim)
         x = x + self.dropout(self.out(attended))
-        inner = self.dropout(F.relu(self.up(self.feed_norm(x))))
+        inner = self.dropout(torch.relu(self.up(self.feed_norm(x))))
         out: Tensor = x + self.dropout(self.down(inner))
         return out
 
