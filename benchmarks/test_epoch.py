@@ -8,7 +8,8 @@ users: those of the first 20 batches of our epoch (of 175 and 48 in all).
 The padded loop is what one writes in PyTorch: sequences cut and padded in NumPy into [B, L], a
 causal mask over right-padded rows, losses masked. Bucketed, the users of 20 batches are sorted by
 length, and each batch is padded to its longest sequence; their order is random over 20 batches at
-a time, where ours is random over all users.
+a time, where ours is random over all users. Ours steps with fused Adam, as the recipe does; the
+padded loops with Adam as it comes, and bucketed once more with fused Adam.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 FOLDER = Path(os.environ.get("PINET_FAST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 LENGTHS = {"amazon-beauty-5core": 50, "ml-1m": 200}
 BATCH, BATCHES, DIM, DROPOUT = 128, 20, 64, 0.2
+LOOPS = {"padded": (False, False), "bucketed": (True, False), "bucketed, fused Adam": (True, True)}
 
 
 class Block(nn.Module):
@@ -93,9 +95,10 @@ class PaddedLoop:
         store: The log.
         max_len: L.
         bucketed: Whether users are sorted by length over all batches, and padded to the longest.
+        fused: Whether Adam is the fused one.
     """
 
-    def __init__(self, store: SequenceStore, max_len: int, *, bucketed: bool) -> None:
+    def __init__(self, store: SequenceStore, max_len: int, *, bucketed: bool, fused: bool) -> None:
         self.max_len, self.bucketed, self.num_items = max_len, bucketed, store.num_items
         ends = Split.leave_one_out().train_ends(store)
         self.sequences = [
@@ -106,7 +109,7 @@ class PaddedLoop:
         self.rng = np.random.default_rng(0)
         torch.manual_seed(0)
         self.model = PaddedSASRec(store.num_items, max_len)
-        self.optimizer = torch.optim.Adam(self.model.parameters())
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=fused or None)
 
     def batch(self, users: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """Return items, targets and negatives of users, [B, L] each."""
@@ -149,7 +152,8 @@ class OurLoop:
         )  # fmt: skip
         torch.manual_seed(0)
         self.model = SASRec(store.num_items, max_len=max_len, dim=DIM, dropout=DROPOUT, loss="bce")
-        self.optimizer = GradientAggregator(torch.optim.Adam(self.model.parameters()), rule)
+        adam = torch.optim.Adam(self.model.parameters(), fused=True)
+        self.optimizer = GradientAggregator(adam, rule)
 
     def users(self) -> list[np.ndarray]:
         """Return the users of the batches that ``run`` trains on."""
@@ -192,15 +196,16 @@ def check_twin(ours: OurLoop, padded: PaddedLoop) -> None:
     torch.testing.assert_close(theirs(*parts), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bucketed", [False, True], ids=["padded", "bucketed"])
+@pytest.mark.parametrize("loop", LOOPS)
 def test_epoch_against_padded(
-    log: tuple[SequenceStore, int], bucketed: bool, paired: Callable[..., Any], benchmark: Any
+    log: tuple[SequenceStore, int], loop: str, paired: Callable[..., Any], benchmark: Any
 ) -> None:
     """The ratio is theirs over ours: how many times faster ours is."""
     benchmark.group = "epoch"
     store, max_len = log
     ours = OurLoop(store, max_len, "joint")
-    padded = PaddedLoop(store, max_len, bucketed=bucketed)
+    bucketed, fused = LOOPS[loop]
+    padded = PaddedLoop(store, max_len, bucketed=bucketed, fused=fused)
     check_twin(ours, padded)
     users = ours.users()
     result = paired(lambda: padded.run(users), ours.run, rounds=5)
