@@ -1,27 +1,32 @@
-"""Cutting and copying the windows of a batch: against a plain loop, copying, and other builders.
-
-1.5 million users whose lengths follow a Pareto(1.1) law cut to 2..5000 events, batches of 4096,
-the last 200 events of each. The other builders are written here after what their libraries do.
-"""
+"""Cutting and copying the windows of a batch: against a plain loop, copying, and two threads."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 import queue
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
-import torch
 from numba import njit
 
+from benchmarks.gathering import (
+    BATCH,
+    FAR,
+    KEY,
+    MAX_LEN,
+    Case,
+    Gather,
+    case,
+    compared,
+    fast,
+    windows,
+)
 from pinet_fast.data import _njit, _prefetch
 from pinet_fast.data.floor import MemoryFloor, random_places, read_at
 
@@ -29,114 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-NUM_USERS, NUM_ITEMS, BATCH, MAX_LEN = 1_500_000, 100_000, 4096, 200
-KEY = np.uint64(0)
-
-
-@dataclass(frozen=True)
-class Case:
-    """The sequences and the batches of users.
-
-    Attributes:
-        items: int32 [E].
-        offsets: int64 [U + 1].
-        spans: What the plan reads, int64 [2 U].
-        batches: Users, int64 [360, 4096], none of them twice: memory, not caches, is measured.
-    """
-
-    items: np.ndarray
-    offsets: np.ndarray
-    spans: np.ndarray
-    batches: np.ndarray
-
-
-@pytest.fixture(scope="module")
-def case() -> Case:
-    rng = np.random.default_rng(0)
-    lengths = np.clip((rng.pareto(1.1, NUM_USERS) + 1) * 8, 2, 5000).astype(np.int64)
-    offsets = np.concatenate(([0], np.cumsum(lengths)))
-    spans = np.empty(2 * NUM_USERS, np.int64)
-    spans[::2], spans[1::2] = offsets[:-1], lengths << _njit.SPAN_BITS
-    items = rng.integers(1, NUM_ITEMS, offsets[-1], dtype=np.int32)
-    return Case(
-        items, offsets, spans, rng.permutation(NUM_USERS)[: 360 * BATCH].reshape(360, BATCH)
-    )
-
-
-class Gather:
-    """Calls a pair of kernels on one batch after the other, into the same memory."""
-
-    def __init__(
-        self, case: Case, plan: Callable[..., None], gather: Callable[..., None], first: int = 0
-    ) -> None:
-        self.case, self.plan, self.gather = case, plan, gather
-        self.parts = [np.empty(BATCH, np.int64) for _ in range(3)]
-        self.offsets, self.ids = np.empty(BATCH + 1, np.int64), np.empty(BATCH, np.int64)
-        self.out = np.empty(BATCH * MAX_LEN, np.int32)
-        self.next = first
-
-    def batch(self, users: np.ndarray) -> np.ndarray:
-        """Return the events of the windows of some users."""
-        starts, ends, positions = self.parts
-        self.plan(
-            self.case.spans, users, _njit.TAIL, MAX_LEN, 0, KEY,
-            starts, ends, positions, self.offsets, self.ids,
-        )  # fmt: skip
-        self.gather(self.case.items, starts, ends, self.offsets, self.out)
-        return self.out[: self.offsets[-1]]
-
-    def __call__(self) -> None:
-        """Gather the next batch."""
-        self.batch(self.case.batches[self.next % len(self.case.batches)])
-        self.next += 1
-
-
-def fast(case: Case) -> Gather:
-    return Gather(case, _prefetch.plan, _prefetch.gather)
-
-
-FAR = 180  # batches ahead of the other, who must not find the lines that the first one read
-STREAM = 20  # batches in a turn: a loader builds one after the other, and caches are warm for it
-
-
-class Stream:
-    """A turn of a pair: several batches in a row, the processor time of each taken.
-
-    On a machine that does other work, the longer of two turns is interrupted more often.
-    """
-
-    def __init__(self, build: Callable[[], object]) -> None:
-        self.build = build
-        self.times: list[float] = []
-
-    def __call__(self) -> None:
-        """Build the batches of one turn."""
-        for _ in range(STREAM):
-            started = time.thread_time()
-            self.build()
-            self.times.append(time.thread_time() - started)
-
-
-def compared(
-    mine: Callable[[], object], other: Callable[[], object], paired: Callable[..., Any],
-    benchmark: Any, capsys: Any, rounds: int,
-) -> None:  # fmt: skip
-    """Measure in pairs of turns, and by the median processor time of single batches."""
-    one, two = Stream(mine), Stream(other)
-    paired(one, two, rounds=rounds)
-    us, other_us = (float(np.median(s.times[STREAM:])) * 1e6 for s in (one, two))
-    benchmark.extra_info.update(batch_us=us, other_batch_us=other_us)
-    with capsys.disabled():
-        print(
-            f"  processor time of a batch: {us:.0f} us, the other {other_us:.0f} us, "
-            f"ratio {us / other_us:.4f}"
-        )
-
-
-def windows(case: Case, users: np.ndarray) -> list[np.ndarray]:
-    begins, ends = case.offsets[users], case.offsets[users + 1]
-    starts = np.maximum(begins, ends - MAX_LEN)
-    return [case.items[a:b] for a, b in zip(starts, ends, strict=True)]
+__all__ = ["case"]  # the fixture, found by its name
 
 
 def events_of(case: Case) -> float:
@@ -233,67 +131,6 @@ def c_line_seconds(folder: Path, num_bytes: int) -> float:
         function(table.ctypes.data_as(pointer), places.ctypes.data_as(pointer), len(places))
         for places in np.array_split(random_places(len(table), 1), 5)
     )
-
-
-def padded_from_lists(sequences: list[list[int]], users: np.ndarray) -> torch.Tensor:
-    """RecTools' way: Python lists, a float64 matrix filled row by row, then integers."""
-    out = np.zeros((len(users), MAX_LEN))
-    for b, user in enumerate(users.tolist()):
-        row = sequences[user][-MAX_LEN:]
-        out[b, -len(row) :] = row
-    return torch.LongTensor(out)
-
-
-def test_gather_over_rectools_style(
-    case: Case, paired: Callable[..., Any], benchmark: Any, capsys: Any
-) -> None:
-    benchmark.group = "gather"
-    theirs = case.batches[FAR : FAR + 20]
-    sequences = {
-        user: window.tolist()
-        for users in theirs
-        for user, window in zip(users.tolist(), windows(case, users), strict=True)
-    }
-    mine, turn = fast(case), itertools.cycle(theirs)
-    rows = padded_from_lists(sequences, theirs[0])
-    assert (rows[rows > 0].numpy() == mine.batch(theirs[0])).all()
-    compared(
-        mine, lambda: padded_from_lists(sequences, next(turn)), paired, benchmark, capsys, rounds=15
-    )
-
-
-def padded_by_mask(items: torch.Tensor, offsets: torch.Tensor, users: torch.Tensor) -> Any:
-    """RePlay's way: a mask of the padded rectangle, one take, one where."""
-    ends = offsets[users + 1]
-    lengths = torch.minimum(ends - offsets[users], torch.tensor(MAX_LEN))
-    column = torch.arange(MAX_LEN)
-    mask = column >= MAX_LEN - lengths.unsqueeze(1)
-    places = ends.unsqueeze(1) - MAX_LEN + column
-    return torch.where(mask, torch.take(items, places.clamp_(min=0)), 0), mask
-
-
-def test_gather_over_replay_style(
-    case: Case, paired: Callable[..., Any], benchmark: Any, capsys: Any
-) -> None:
-    benchmark.group = "gather"
-    mine, turn = fast(case), itertools.cycle(torch.from_numpy(case.batches[FAR:]))
-    users = next(turn)
-    items, offsets = torch.from_numpy(case.items), torch.from_numpy(case.offsets)
-    rows, mask = padded_by_mask(items, offsets, users)
-    assert (rows[mask].numpy() == mine.batch(users.numpy())).all()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        compared(
-            mine,
-            lambda: padded_by_mask(items, offsets, next(turn)),
-            paired,
-            benchmark,
-            capsys,
-            rounds=30,
-        )
-    finally:
-        torch.set_num_threads(threads)
 
 
 @njit(nogil=True)
