@@ -13,10 +13,10 @@ PUBLIC = {
         "AggregationReport", "DIN", "GRU4Rec", "GradientAggregator", "Negatives", "PINet",
         "PluginHeads", "RaggedBatch", "RaggedLoader", "RunConfig", "SASRec", "SequenceStore",
         "Split", "Strata", "StrataIndex", "StratifiedBatchSampler", "__version__", "prepare",
-        "register_head", "rules", "train",
+        "register_head", "rules", "shared", "train",
     ],
     "pinet_fast.aggregation": [
-        "AggregationReport", "GradientAggregator", "RowGroups", "StrataIndex",
+        "AggregationReport", "GradientAggregator", "RowGroups", "StrataIndex", "shared",
     ],
     "pinet_fast.rules": [
         "Agreement", "AlignedMTL", "Backdoor", "Balanced", "BatchStrata", "CAGrad", "Claim",

@@ -84,11 +84,19 @@ def test_compare_draws_and_refuses_other_protocols(
 
 def test_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("table", *(runs / n for n in ("joint", "own", "din")), "--csv", tmp_path / "t") == 0
-    assert "SIMULATED" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "SIMULATED" in shown
+    assert "AUC and GAUC" in shown  # of the run that scores candidates
     rows = list(csv.DictReader((tmp_path / "t").read_text().splitlines()))
-    assert [(r["model"], r["runs"], r["simulated"]) for r in rows] == [
-        ("sasrec", "1", "True"), ("sasrec", "1", "True"), ("din", "1", "True"),
+    # A row a stage: the joint run has no heads, the others have.
+    assert [(r["model"], r["rule"]) for r in rows] == [
+        ("sasrec", "joint"), ("sasrec", "agreement"), ("sasrec", "agreement + plugin heads"),
+        ("din", "backdoor (uniform prior)"), ("din", "backdoor (uniform prior) + plugin heads"),
     ]  # fmt: skip
+    assert {(r["runs"], r["simulated"]) for r in rows} == {("1", "True")}
+    assert [bool(r["gauc"]) for r in rows] == [False] * 3 + [True] * 2
+    assert run("table", runs / "din" / "metrics.json") == 0
+    capsys.readouterr()
     assert run("table", runs / "joint", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["published"] is None
     assert run("table", runs / "nothing") == 2
