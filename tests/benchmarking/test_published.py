@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.harness.run_tables import clicks, compared, published, summaries
+from benchmarks.published import repeats
 from benchmarks.published.__main__ import SUMMARIES, Run, chosen, listed, main
 from pinet_fast.cli.run_options import resolved
 from pinet_fast.data import simulate_log
@@ -90,3 +95,33 @@ def test_kept_summaries_are_of_listed_runs() -> None:
         assert own == run.options, f"{file}: trained with other options than runs.toml has"
         assert "/" not in summary.config["data"]
     assert results_rows([RunSummary.load(file) for file in files])
+
+
+def test_tables_of_the_kept_runs(tmp_path: Path) -> None:
+    kept = summaries()
+    assert kept
+    text = published()
+    for name, runs in kept.items():
+        if not name.startswith(("compare-", "din")):
+            mean = sum(r.test["backbone"].overall.metrics["ndcg@10"].mean or 0 for r in runs)
+            assert f"| `{name}` |" in text
+            assert f"{mean / len(runs):.4f}" in text
+    assert published(tmp_path) == clicks(tmp_path) == compared(tmp_path) == ""
+
+
+def test_targets_that_a_user_had_before_count_as_misses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PINET_FAST_CACHE", str(tmp_path / "cache"))
+    log, run = tmp_path / "log.parquet", tmp_path / "run"
+    users = np.repeat([7, 8, 9], 4)
+    items = [1, 2, 3, 1, 1, 2, 3, 4, 4, 4, 2, 4]  # of 7 and 9 the last comes back
+    pq.write_table(pa.table({"user": users, "item": items}), log)
+    run.mkdir()
+    (run / "config.json").write_text('{"order": "rows"}')
+    np.savez(run / "test_ranks.npz", users=[9, 8, 7], backbone=[1, 1, 30])
+    assert repeats.main([str(run), "--data", str(log)]) == 0
+    shown = capsys.readouterr().out
+    assert "66.7% of 3 users" in shown
+    assert "as they are: NDCG@10 0.6667, HR@10 0.6667" in shown
+    assert "as misses: NDCG@10 0.3333, HR@10 0.3333" in shown
