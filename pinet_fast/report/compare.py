@@ -175,8 +175,10 @@ def _strata(run: RunFiles) -> str:
 
 
 def _labels(runs: Sequence[RunFiles]) -> tuple[str, ...]:
-    """Return the runs' names, numbered where they repeat."""
+    """Return the runs' names; where they repeat, with the folder above, or numbered."""
     names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [f"{run.path.resolve().parent.name}/{run.name}" for run in runs]
     return tuple(
         name if names.count(name) == 1 else f"{name} #{index}"
         for index, name in enumerate(names, start=1)

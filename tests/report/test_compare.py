@@ -157,7 +157,17 @@ def test_empty_stratum_stays_empty(make_run):
 
 def test_equal_names_are_told_apart(make_run):
     run = RunFiles.load(make_run())
-    assert Comparison.of([run, run]).labels == ("agreement #1", "agreement #2")
+    above = run.path.parent.name
+    assert Comparison.of([run, run]).labels == (f"{above}/agreement #1", f"{above}/agreement #2")
+
+
+def test_runs_of_a_name_are_told_apart_by_the_folder_above(make_run, tmp_path):
+    runs = []
+    for name in ("joint", "own"):
+        (tmp_path / name).mkdir()
+        folder = make_run(name="seed-0").rename(tmp_path / name / "seed-0")
+        runs.append(RunFiles.load(folder))
+    assert Comparison.of(runs).labels == ("joint/seed-0", "own/seed-0")
 
 
 @pytest.mark.parametrize("num_runs", [2, 3, 6])
