@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import pinet_fast
 from benchmarks.harness.memory import allocations
 from pinet_fast import GradientAggregator, RaggedBatch, SASRec, StrataIndex
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
 FILE = Path(__file__).with_suffix(".json")
 WARM_UP = 4  # the leak check proves its sites on the first steps
@@ -97,8 +100,8 @@ def counts(step: Callable[[], None]) -> dict[str, int]:
     """Return the counts of one step.
 
     Returns:
-        ``dispatched`` operators, ``syncs`` among them, ``allocations`` of tensor memory, and
-        ``bytes`` of all of those together.
+        ``dispatched`` operators, ``syncs`` among them, ``allocations`` of tensor memory,
+        ``bytes`` of all of those together, and ``python_calls`` of this package's functions.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several allocate for their partial sums
@@ -106,6 +109,24 @@ def counts(step: Callable[[], None]) -> dict[str, int]:
         return _counts(step)
     finally:
         torch.set_num_threads(threads)
+
+
+def own_calls(step: Callable[[], None]) -> int:
+    """Return how many calls of this package's Python functions a step makes."""
+    root = str(Path(pinet_fast.__file__).parents[1])
+    homes = (f"{root}/pinet_fast/", f"{root}/kernels/")
+    number = 0
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal number
+        number += event == "call" and frame.f_code.co_filename.startswith(homes)
+
+    sys.setprofile(note)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return number
 
 
 def _counts(step: Callable[[], None]) -> dict[str, int]:
@@ -117,6 +138,7 @@ def _counts(step: Callable[[], None]) -> dict[str, int]:
         "syncs": dispatched.syncs,
         "allocations": len(sizes),
         "bytes": sum(sizes),
+        "python_calls": own_calls(step),
     }
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+import pinet_fast
 from benchmarks import guards
 from pinet_fast import GradientAggregator
 from pinet_fast.aggregation import stratifying
@@ -60,6 +61,13 @@ def test_the_counter_of_calls_counts() -> None:
         (x + 1).sum().item()
     assert dispatched.calls["add"] == dispatched.calls["sum"] == dispatched.syncs == 1
 
+    def own() -> None:
+        for _ in range(3):
+            pinet_fast.rules.names()  # one call each
+        json.dumps([1])  # nobody else's calls count
+
+    pinet_fast.rules.names()
+    assert guards.own_calls(own) == 3
     big = guards.counts(lambda: [torch.empty(1000, dtype=torch.uint8) for _ in range(5)])
     assert (big["allocations"], big["bytes"]) == (5, 5000)
 
