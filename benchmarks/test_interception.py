@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.harness.memory import peak_bytes
 from pinet_fast import GradientAggregator
 
 if TYPE_CHECKING:
@@ -116,6 +117,36 @@ def _resident(key: str) -> int:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def test_peak_of_tensors_of_a_step(benchmark: Any) -> None:
+    """The same by tensors alone, which no allocator's habits change: one step, after the proof."""
+    from benchmarks import test_step
+    from pinet_fast import SASRec
+
+    benchmark.group = "memory"
+
+    def peak(rule: str) -> int:
+        torch.manual_seed(0)
+        batch = test_step.full_batch(4)
+        model = SASRec(50_000, max_len=test_step.LENGTH, loss="bce", dropout=0.2)
+        opt = GradientAggregator(torch.optim.Adam(model.parameters()), rule)
+
+        def step() -> None:
+            opt.zero_grad()
+            with opt.stratify(batch.strata):
+                losses = model(batch)
+            opt.backward(losses)
+            opt.step()
+
+        for _ in range(4):
+            step()
+        return peak_bytes(step)
+
+    plain, aggregated = peak("joint"), peak("agreement")
+    benchmark.extra_info.update(plain_bytes=plain, ratio=aggregated / plain)
+    benchmark.pedantic(lambda: None, rounds=1)
+    assert 0 < aggregated < 1.2 * plain
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
