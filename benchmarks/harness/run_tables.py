@@ -40,7 +40,7 @@ def published(folder: Path = SUMMARIES) -> str:
         if row.published is not None:
             figure = row.published.values["ndcg@10"]
             number = sources.setdefault(row.published.source, len(sources) + 1)
-            mark, ratio = f"{figure:.4f} [{number}]", f"{row.means['ndcg@10'] / figure:.2f}"
+            mark, ratio = f"{figure:.4f} [{number}]", f"{row.ratio:.2f}"
         rows.append([
             f"`{name}`", row.data, f"{row.model}, {row.loss}", str(row.runs), _spread(row),
             f"{row.means['hr@10']:.4f}", f"{_number(row.tail)} / {_number(row.head)}", mark, ratio,

@@ -88,6 +88,13 @@ class Row:
         ranked = "" if self.protocol == "full" else f", among {self.protocol}"
         return f"{self.data}\n{self.model} {self.loss}, {self.rule}{ranked}"
 
+    @property
+    def ratio(self) -> float | None:
+        """Return NDCG@10 over the published one, or None without one."""
+        if self.published is None:
+            return None
+        return self.means["ndcg@10"] / self.published.values["ndcg@10"]
+
 
 def published_figures() -> tuple[Published, ...]:
     """Return the figures of others that the package knows."""
@@ -216,15 +223,11 @@ def as_rich_table(rows: Sequence[Row]) -> Table:
 
 
 def _published(row: Row, number: dict[str, int]) -> Text:
-    ratio = _ratio(row)
+    ratio = row.ratio
     if row.published is None or ratio is None:
         return Text("-", style="dim")
     mark = f"{row.published.values['ndcg@10']:.4f} [{number[row.published.source]}]\n"
     return Text(mark).append(f"{ratio:.2f}", style="red" if ratio < _FAR else "green")
-
-
-def _ratio(row: Row) -> float | None:
-    return row.means["ndcg@10"] / row.published.values["ndcg@10"] if row.published else None
 
 
 def _shown(value: float | None) -> str:
@@ -233,7 +236,7 @@ def _shown(value: float | None) -> str:
 
 def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return the rows as JSON values, with the ratio to the published NDCG@10."""
-    return [asdict(row) | {"ratio": _ratio(row)} for row in rows]
+    return [asdict(row) | {"ratio": row.ratio} for row in rows]
 
 
 def as_table_csv(rows: Sequence[Row]) -> str:
@@ -254,6 +257,6 @@ def as_table_csv(rows: Sequence[Row]) -> str:
         found = row.published
         values += [row.tail, row.head, *(row.clicks.get(name) for name in clicks), row.minutes]
         values += [found.values[m] if found else None for m in METRICS]
-        values += [_ratio(row), found.protocol if found else None, found.source if found else None]
+        values += [row.ratio, found.protocol if found else None, found.source if found else None]
         writer.writerow([*values, row.simulated])
     return out.getvalue()
