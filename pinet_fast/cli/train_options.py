@@ -160,7 +160,8 @@ NegativesExclude = Annotated[
     str,
     _option(
         "negatives_exclude",
-        "Never an item of the user's training history, of the window, of the targets, or none.",
+        "Never an item of the user's training history, of the window, of the targets, or none; or"
+        " of the whole sequence, held-out items too.",
         _BATCHES,
     ),
 ]

@@ -33,7 +33,8 @@ class BoundNegatives:
     Attributes:
         options: How they are drawn.
         store: The store.
-        counts: Training events of every user, int64 [U]; their items are the history.
+        counts: Events of every user whose items ``"history"`` and ``"sequence"`` exclude, int64
+            [U]: training events, or all of them.
         seed: Decides, with the epoch, the draws.
         popularity: Weights of the items, or None where they are equal.
     """
@@ -87,7 +88,7 @@ class BoundNegatives:
             offsets: Ragged offsets of the targets, int64 [B + 1].
             step: Batch of the epoch; only draws per batch depend on it.
             starts: Where the users' windows begin in ``store.items``, int64 [B]; needed unless
-                ``exclude`` is ``"history"`` or ``"none"`` and ``per`` is not ``"batch"``.
+                ``exclude`` is ``"history"``, ``"sequence"`` or ``"none"`` and ``per`` is not ``"batch"``.
             ends: Where they end, targets included.
             targets: Targets, int64 [T]; needed by ``exclude="targets"``.
             out: Where to write, int64 of ``shape``; None for a new array.
@@ -130,7 +131,7 @@ class BoundNegatives:
             return Lists.empty(len(users))
         if exclude == "targets" and targets is not None and per == "event":
             return Lists.own(store, targets, offsets, users)
-        if exclude == "history":
+        if exclude in ("history", "sequence"):
             # That a single user has every item was refused by ``bind``.
             lists = Lists.by_row(*store.histories.before(users, self.counts[users]))
             return lists.united(store) if per == "batch" else lists
@@ -195,6 +196,8 @@ class FrozenNegatives:
         places = positions - self.store.offsets[users]
         if self.options.exclude == "history":
             lists = Lists.by_row(*self.store.histories.before(users, places + 1))
+        elif self.options.exclude == "sequence":
+            lists = Lists.by_row(*self.store.histories.before(users, self.store.lengths()[users]))
         else:
             lists = Lists.by_row(*unique_lists(self.store.items, positions, positions + 1))
         full = np.flatnonzero(np.diff(lists.offsets) >= self.store.num_items)

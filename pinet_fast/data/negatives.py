@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pinet_fast.data.splits import Part, Split
     from pinet_fast.data.store import SequenceStore
 
-Exclude = Literal["history", "window", "targets", "none"]
+Exclude = Literal["history", "window", "targets", "none", "sequence"]
 Per = Literal["event", "user", "batch"]
 Dist = Literal["uniform", "popularity"]
 
@@ -36,7 +36,10 @@ class Negatives:
             store's sorted histories (a held-out item may be drawn); ``"window"``: never
             an item of the events that the batch shows of the user, targets included;
             ``"targets"``: per event never its target, per user none of the user's targets;
-            ``"none"``: any item but padding. Per batch these hold for every user of the batch.
+            ``"none"``: any item but padding; ``"sequence"``: never an item of the user's whole
+            sequence. The last one tells training which items are held out, by never pushing them
+            down; it is there to compare with published figures that were trained so. Per batch
+            these hold for every user of the batch.
         log_q: Whether batches carry the log-probability of every negative.
 
     Raises:
@@ -76,12 +79,14 @@ class Negatives:
             What draws.
 
         Raises:
-            DataError: With ``"history"``, a user who has every item of the catalogue.
+            DataError: With ``"history"`` or ``"sequence"``, a user who has every item of the
+                catalogue.
         """
         store.check_unchanged()
         popularity = self._popularity(store, split)
-        counts = split.train_lengths(store)
-        if self.exclude == "history":
+        is_whole = self.exclude == "sequence"
+        counts = store.lengths() if is_whole else split.train_lengths(store)
+        if is_whole or self.exclude == "history":
             full = store.histories.full_users(store.num_items, counts)
             if len(full):
                 raise DataError(
@@ -97,7 +102,7 @@ class Negatives:
         """Fix negatives for a sampled evaluation: the same for every epoch, model and batch size.
 
         They are never the held-out item, nor, with ``exclude="history"``, an item of any event
-        before it.
+        before it, or with ``exclude="sequence"`` any item of the user's.
 
         Args:
             store: The store.
@@ -115,7 +120,7 @@ class Negatives:
         if self.per == "batch" or self.exclude == "window":
             raise ConfigError(
                 "negatives: frozen ones belong to a user and a target: expected per='user' and "
-                f"exclude 'history', 'targets' or 'none', got per={self.per!r}, "
+                f"exclude 'history', 'targets', 'none' or 'sequence', got per={self.per!r}, "
                 f"exclude={self.exclude!r}"
             )
         return FrozenNegatives.of(

@@ -27,7 +27,7 @@ PRIORS = ("uniform", "users", "events")
 _NEGATIVES = {
     "negatives_per": ("event", "user", "batch"),
     "negatives_dist": ("uniform", "popularity"),
-    "negatives_exclude": ("history", "window", "targets", "none"),
+    "negatives_exclude": ("history", "window", "targets", "none", "sequence"),
 }
 
 
@@ -74,7 +74,8 @@ class RunConfig:
         negatives_dist: ``uniform`` or ``popularity``.
         negatives_alpha: Exponent of the popularity.
         negatives_exclude: What negatives never are: items of the user's training ``history``, of
-            the ``window`` shown, the ``targets``, or ``none``.
+            the ``window`` shown, the ``targets``, or ``none``; or of the whole ``sequence``,
+            held-out items too, as some published figures had it.
         max_len: Longest window of events.
         dim: d of the model.
         blocks: Transformer blocks, or GRU layers.

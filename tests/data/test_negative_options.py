@@ -47,6 +47,8 @@ def excluded_of(store, batch, exclude, per, targets):
         if exclude == "history":
             end = SPLIT.train_ends(store)[user]
             items = set(store.items[store.offsets[user] : end].tolist())
+        elif exclude == "sequence":
+            items = set(store.items[store.offsets[user] : store.offsets[user + 1]].tolist())
         elif exclude == "window":
             items = set(batch.values[mine].tolist()) | set(own.tolist())
         elif exclude == "targets":
@@ -62,7 +64,7 @@ def excluded_of(store, batch, exclude, per, targets):
 
 @pytest.mark.parametrize("dist", ["uniform", "popularity"])
 @pytest.mark.parametrize("per", ["event", "user", "batch"])
-@pytest.mark.parametrize("exclude", ["history", "window", "targets", "none"])
+@pytest.mark.parametrize("exclude", ["history", "window", "targets", "none", "sequence"])
 @pytest.mark.parametrize("targets", ["next", "last"])
 def test_no_negative_is_ever_excluded(store, dist, per, exclude, targets):
     negatives = Negatives(7, exclude, per=per, dist=dist, log_q=True)
@@ -169,7 +171,7 @@ def test_draws_per_batch_change_with_the_step_and_epoch(store):
 
 
 @pytest.mark.parametrize("part", ["valid", "test"])
-@pytest.mark.parametrize("exclude", ["history", "targets"])
+@pytest.mark.parametrize("exclude", ["history", "targets", "sequence"])
 def test_frozen_negatives_are_the_same_in_every_evaluation(store, part, exclude):
     frozen = Negatives(20, exclude, per="user", dist="popularity").frozen(store, SPLIT, part=part)
     strata = Strata.by_activeness(store, split=SPLIT, edges=[5])
@@ -185,7 +187,9 @@ def test_frozen_negatives_are_the_same_in_every_evaluation(store, part, exclude)
                 row = batch.negatives[b].tolist()
                 history = batch.history[offsets[b] : offsets[b + 1]].tolist()
                 assert int(batch.targets[b]) not in row
-                assert exclude != "history" or not set(history) & set(row)
+                assert exclude == "targets" or not set(history) & set(row)
+                whole = store.items[store.offsets[user] : store.offsets[user + 1]].tolist()
+                assert exclude != "sequence" or not set(whole) & set(row)
                 found[user] = row
         assert batch.to("meta").negatives.device.type == "meta"
         return found
