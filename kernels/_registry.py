@@ -144,9 +144,9 @@ def _lines(op: str, inputs: Sequence[Any]) -> list[str]:
     return [f"{name}: {'can serve' if reason is None else reason}" for name, reason in found]
 
 
-def record_call(op: str, backend: str) -> None:
-    """Count one call; the op's kernel does this after it ran."""
-    _calls[op, backend] += 1
+def record_call(op: str, backend: str, count: int = 1) -> None:
+    """Count calls; the op's kernel does this after it ran."""
+    _calls[op, backend] += count
 
 
 def num_calls(op: str, backend: str) -> int:

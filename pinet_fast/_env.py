@@ -11,6 +11,9 @@ BACKEND = "PINET_FAST_BACKEND"
 NVTX = "PINET_FAST_NVTX"
 """``1`` turns NVTX ranges on."""
 
+LANE = "PINET_FAST_LANE"
+"""``0`` turns the compiled lane of the interception off."""
+
 CACHE = "PINET_FAST_CACHE"
 """Folder of prepared stores; default ``$XDG_CACHE_HOME/pinet_fast`` or ``~/.cache/pinet_fast``."""
 
@@ -28,6 +31,11 @@ def forced_backend() -> str | None:
     if _RAW is not None and _RAW_BACKEND not in _RAW:
         return None
     return os.environ.get(BACKEND) or None
+
+
+def lane_enabled() -> bool:
+    """Return whether ``PINET_FAST_LANE`` leaves the lane on."""
+    return os.environ.get(LANE) != "0"
 
 
 def nvtx_enabled() -> bool:

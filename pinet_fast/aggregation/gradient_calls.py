@@ -42,6 +42,19 @@ def reentrant_error() -> AggregationError:
     )
 
 
+def refuse_backward() -> None:
+    """Refuse a backward that is not the aggregator's.
+
+    Raises:
+        AggregationError: Always.
+    """
+    raise AggregationError(
+        "backward: the losses were computed inside stratify, and nothing says how this scalar was "
+        "reduced; call opt.backward(losses) with one loss a user or an event, or say "
+        'stratify(strata, reduction="mean") where it is a mean over all rows'
+    )
+
+
 @contextmanager
 def replay(mode: Interception | None) -> Iterator[None]:
     """Run the engine inside; recomputed parts of the forward are intercepted again.

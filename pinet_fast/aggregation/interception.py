@@ -20,6 +20,7 @@ from pinet_fast import profiling
 from pinet_fast.aggregation.composites import OPENED, opened
 from pinet_fast.aggregation.gradient_calls import GRADIENT_CALLS, reentrant_error, run_in_replay
 from pinet_fast.aggregation.leaves import VirtualLeaves
+from pinet_fast.aggregation.lookup_rules import functional_embedding
 from pinet_fast.aggregation.roots import func_name, tensors_among
 from pinet_fast.aggregation.sharing import set_shared
 from pinet_fast.aggregation.slice_rule import SliceProof, slice_rule
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 BoundaryRule = Callable[["Interception", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-_ROWS_FIRST = frozenset({F.linear, F.layer_norm, F.embedding})
+_ROWS_FIRST = frozenset({F.linear, F.layer_norm, torch.layer_norm, F.embedding})
 """Functions whose first argument alone can hold rows: their rules ask for its layout at once."""
 
 _TWO_SIDED = frozenset(
@@ -78,6 +79,12 @@ class Interception(BoundaryUses, TorchFunctionMode):
         """Make the leaves of parameters that the last forward used densely."""
         self.leaves.prepare(self.by_id[id(self.parameters[i])] for i in positions)
 
+    def expect_backward(self) -> None:
+        """Allow the backward of this forward; leaves are guarded elsewhere."""
+
+    def note_calls(self) -> None:
+        """Count kernels that the backward ran without the registry; here there are none."""
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -108,6 +115,8 @@ class Interception(BoundaryUses, TorchFunctionMode):
                     return func(*args, **(kwargs or {}))
         if func in GRADIENT_CALLS:
             return run_in_replay(self, func, args, kwargs or {})
+        if func is torch.embedding:  # the same with other names and another order
+            func, args, kwargs = F.embedding, *functional_embedding(args, kwargs or {})
         if self.is_shared:
             return self.derive(func, args, kwargs or {})
         if profiling.is_on:

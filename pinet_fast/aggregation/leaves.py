@@ -166,6 +166,15 @@ class VirtualLeaves:
         self._shares_rows |= root.has_rows
         return leaf
 
+    def adopt_lookup(self, root: Root, leaf: Tensor) -> None:
+        """Take in the leaf of a lookup with dense gradients, made elsewhere, in a parameter."""
+        self._lookups.append(Lookup(root, leaf))
+        self._is_sparse[root.sources[0]] = False
+
+    def lent(self) -> tuple[dict[int, tuple[Root, Tensor]], dict[int, Tensor]]:
+        """Return the dense leaves by ``id(root)``, used ones and prepared ones, to be filled."""
+        return self._dense, self._prepared
+
     def delivered_lookup(self, root: Root, delivered: dict[int, Tensor], number: int) -> Tensor:
         """Return a leaf [1] for one lookup of a compiled graph, which delivers past the leaf."""
         leaf = self._watched(root.tensor.new_zeros(1).requires_grad_())

@@ -39,6 +39,24 @@ def _embedding(mode: Interception, func: Any, args: tuple[Any, ...], kwargs: dic
     return _lookup(mode, func, args, kwargs, ids, table, padding_idx, is_sparse)
 
 
+def _torch_embedding_arguments(
+    weight: Any,
+    indices: Any,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Any, ...]:
+    padding = None if padding_idx == -1 else padding_idx
+    return indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse
+
+
+def functional_embedding(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of ``torch.embedding`` as ``F.embedding`` takes them."""
+    return bind(_torch_embedding_arguments, args, kwargs), {}
+
+
 def _lookup(
     mode: Interception,
     func: Any,

@@ -128,6 +128,6 @@ def _rms_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
 
 def norm_rules() -> dict[Any, BoundaryRule]:
     """Return the boundary rules of norms by torch function."""
-    rules: dict[Any, BoundaryRule] = {F.layer_norm: _layer_norm}
+    rules: dict[Any, BoundaryRule] = dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm)
     rules |= dict.fromkeys((F.group_norm, torch.group_norm), _group_norm)
     return rules | dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm)

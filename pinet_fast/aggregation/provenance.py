@@ -41,29 +41,40 @@ Traced = dict[int, tuple[Any, RowLayout]]
 """Layouts of nodes by identity; the nodes are kept with them, so that no identity is used again."""
 
 
-def trace(tensor: Tensor, known: Traced | None = None) -> RowLayout | None:
+LayoutOf = Callable[[Any], "RowLayout | None"]
+"""Tells the layout that a compiled boundary noted in its node."""
+
+
+def trace(
+    tensor: Tensor, known: Traced | None = None, layout_of: LayoutOf | None = None
+) -> RowLayout | None:
     """Return the row layout of ``tensor`` as its graph tells, or None where it does not.
 
     Args:
         tensor: The tensor.
         known: What was traced before in this graph; the walk ends there, and what is found is
             added. So the residual stream of a deep model is walked once, not anew at every layer.
+        layout_of: Asked about nodes that are not of Python; None where there is no lane.
     """
     node, shape = tensor.grad_fn, tuple(tensor.shape)
     known = {} if known is None else known
-    found = _walk(node, shape, [_MAX_NODES], known)
+    found = _walk(node, shape, [_MAX_NODES], known, layout_of)
     if found is None or not _fits(found, shape):
         return None
     known[id(node)] = (node, found)
     return found
 
 
-def _walk(node: Any, shape: Shape, budget: list[int], known: Traced) -> RowLayout | None:
+def _walk(
+    node: Any, shape: Shape, budget: list[int], known: Traced, layout_of: LayoutOf | None
+) -> RowLayout | None:
     # Written out, without functions of its own: every boundary of a forward pays for this.
     while node is not None and budget[0] > 0:
         budget[0] -= 1
-        is_same = type(node).__name__ in _SAME_SHAPE
+        is_same = type(node).__name__ in SAME_SHAPE
         layout = None if is_same else getattr(node, "layout", None)
+        if layout is None and layout_of is not None and type(node).__name__ == "CppFunction":
+            layout = layout_of(node)
         if layout is None and id(node) in known:
             layout = known[id(node)][1]
         if layout is not None:
@@ -75,18 +86,18 @@ def _walk(node: Any, shape: Shape, budget: list[int], known: Traced) -> RowLayou
             if parent is not None:
                 parents.append(parent)  # a comprehension is a call
         for parent in parents[:-1]:
-            found = _walk(parent, shape, budget, known)
+            found = _walk(parent, shape, budget, known, layout_of)
             if found is not None:
                 return found
         node = parents[-1] if parents else None
     if node is None or budget[0] <= 0:
         return None
-    reader = _READERS.get(type(node).__name__)
+    reader = READERS.get(type(node).__name__)
     back = reader(node, shape) if reader is not None else None
     if back is None:
         return None
     for parent in back.parents:
-        found = _walk(parent, back.shape, budget, known)
+        found = _walk(parent, back.shape, budget, known, layout_of)
         if found is not None:
             return back.step(found)
     return None
@@ -284,9 +295,9 @@ _ELEMENTWISE = (
     "Tanh", "ToCopy", "Where", "Alias", "Threshold", "Hardtanh",
 )  # fmt: skip
 
-_SAME_SHAPE = frozenset(f"{name}Backward{i}" for name in _ELEMENTWISE for i in range(3))
+SAME_SHAPE = frozenset(f"{name}Backward{i}" for name in _ELEMENTWISE for i in range(3))
 
-_READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
+READERS: dict[str, Callable[[Any, Shape], _Node | None]] = {
     "ViewBackward0": _view,
     "UnsafeViewBackward0": _view,
     "ReshapeAliasBackward0": _view,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pinet_fast.aggregation.leaves import Root, VirtualLeaves
-from pinet_fast.aggregation.provenance import trace
 from pinet_fast.errors import BoundaryError
 
 if TYPE_CHECKING:
@@ -156,7 +155,7 @@ class Roots:
             if isinstance(tensor, nn.Parameter):
                 return False  # a frozen one: its sizes say nothing
             return any(self.rows.is_row_size(size) for size in tensor.shape) or (
-                tensor.requires_grad and trace(tensor) is not None
+                tensor.requires_grad and self.rows.trace(tensor) is not None
             )
         return bool(self.rows.declared) and any(
             self.names[source] in self.rows.declared for source in root.sources

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pinet_fast.aggregation.layout import RowLayout
-from pinet_fast.aggregation.provenance import Traced, trace
+from pinet_fast.aggregation.provenance import LayoutOf, Traced, trace
 from pinet_fast.aggregation.strata_index import RowGroups, StrataIndex
 from pinet_fast.errors import RowLayoutError
 
@@ -38,6 +38,7 @@ class BatchRows:
     Attributes:
         delivered: Gradients of lookups in compiled graphs, sparse over (stratum, item), by the
             number of the lookup.
+        layout_of: Tells the layouts that compiled boundaries noted; None where there is no lane.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class BatchRows:
         self._exact: dict[tuple[int, ...], RowLayout | None] = {}
         self._repeated: dict[tuple[int, int, int], RowGroups] = {}
         self._traced: Traced = {}
+        self.layout_of: LayoutOf | None = None
 
     def find(self, shape: tuple[int, ...], tensor: Tensor | None = None) -> RowLayout | None:
         """Return the layout of a tensor whose candidate dimensions have the sizes ``shape``.
@@ -78,7 +80,7 @@ class BatchRows:
         # The graph first: rows that were chosen from the batch may have its size by chance.
         traced = None
         if tensor is not None and tensor.grad_fn is not None:
-            traced = trace(tensor, self._traced)
+            traced = self.trace(tensor)
         if traced is not None and traced.dim < len(shape) and shape[traced.dim] >= 0:
             return traced
         exact = self.find_exact(shape)
@@ -95,6 +97,14 @@ class BatchRows:
                 "a batch whose size differs from the sequence length first"
             )
         return self._flattening(shape[0]) if shape and shape[0] > 0 else None
+
+    def trace(self, tensor: Tensor) -> RowLayout | None:
+        """Return the layout of a tensor as its graph tells, or None where it does not."""
+        return trace(tensor, self._traced, self.layout_of)
+
+    def whole_layouts(self) -> list[tuple[str, RowLayout]]:
+        """Return the kinds of the batch's rows, and the layout of a tensor [N] of each."""
+        return [(kind, RowLayout(0, kind, groups)) for kind, groups in self._sizes.values()]
 
     def find_exact(self, shape: tuple[int, ...]) -> RowLayout | None:
         """Return the layout where exactly one dimension has the batch's size, else None."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from pinet_fast import profiling
 from pinet_fast.aggregation.boundary_rules import default_rules
 from pinet_fast.aggregation.envelope import retained_buffers
-from pinet_fast.aggregation.gradient_calls import replay
+from pinet_fast.aggregation.gradient_calls import refuse_backward, replay
 from pinet_fast.aggregation.interception import Interception
 from pinet_fast.aggregation.leaves import Collected, VirtualLeaves
 from pinet_fast.aggregation.pending import gradients_apart
@@ -52,11 +52,7 @@ class _BackwardGuard:
 
     def __call__(self, grad: Tensor) -> None:
         if not self.is_expected:
-            raise AggregationError(
-                "backward: the losses were computed inside stratify, and nothing says how this "
-                "scalar was reduced; call opt.backward(losses) with one loss a user or an event, "
-                'or say stratify(strata, reduction="mean") where it is a mean over all rows'
-            )
+            refuse_backward()
 
 
 class Session:
@@ -72,6 +68,7 @@ class Session:
         declared: Row layouts that the user declares, by parameter name.
         on_scalar: Called at the end of a backward on a scalar; None where losses come as vectors.
         plan: What graphs may be compiled from; None where nothing is compiled in this process.
+        lane: The class of interceptions in a lane, and the lane; None where there is none.
 
     Attributes:
         is_traced: Compiled models run as graphs that stratify; else they run eagerly.
@@ -93,6 +90,7 @@ class Session:
         declared: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
         on_scalar: Callable[[], None] | None = None,
         plan: TracePlan | None = None,
+        lane: tuple[type[Interception], Any] | None = None,
     ) -> None:
         self.parameters = parameters
         self.names = names
@@ -114,11 +112,15 @@ class Session:
             self.leaves.on_gradient, self.leaves.watches_all = self._guard, False
         if intercept:
             kind = Interception if plan is None else traceable()
+            if lane is not None:
+                kind = lane[0]
             self.interception = kind(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
                 rules=_RULES, slice_proofs=slice_proofs,
                 takes_scalars=on_scalar is not None,
             )  # fmt: skip
+            if lane is not None:
+                self.interception.lane = lane[1]  # type: ignore[attr-defined]
             if plan is not None:
                 self.is_traced = self.interception.begin(plan)  # type: ignore[attr-defined]
 
@@ -147,6 +149,7 @@ class Session:
             return self._by_separate_backwards(losses)
         present = losses.rows.present
         self._guard.is_expected = True
+        self.interception.expect_backward()
         with gradients_apart(self.parameters), replay(self.interception):
             if self.interception.uses and sum(present) > 1:
                 retained = retained_buffers() if self.is_traced else nullcontext()
@@ -160,6 +163,7 @@ class Session:
                 torch.ones_like(losses.values),
                 retain_graph=self.leaves.share_rows,
             )
+            self.interception.note_calls()
             got_gradient = [p.grad is not None for p in self.parameters]
             collected = self.leaves.collect(self.parameters)
         self._refuse_outside(got_gradient)

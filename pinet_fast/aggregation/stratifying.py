@@ -17,6 +17,7 @@ from pinet_fast.aggregation.envelope import (
     is_compiler_used,
     refuse_outside_envelope,
 )
+from pinet_fast.aggregation.lane import Lanes
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
 from pinet_fast.aggregation.losses import Reduction, ScalarLoss
 from pinet_fast.aggregation.session import Session
@@ -79,6 +80,7 @@ class StratifyingOptimizer(OptimizerWrapper):
         self._plan = TracePlan()
         self._known_parameters: list[Tensor] = []
         self._dense_parameters: list[int] = []  # of the last forward, for the next one
+        self._lanes = Lanes()
 
     def _wants_stratum_gradients(self) -> bool:
         """Return whether this step needs them: a rule of weights known before does not."""
@@ -147,6 +149,11 @@ class StratifyingOptimizer(OptimizerWrapper):
         intercept = wanted and self.mode == "one-pass"
         if wanted:
             refuse_outside_envelope(parameters, names, check=self._check, intercept=intercept)
+        dense = [i for i in self._dense_parameters if i < len(parameters)]
+        plan = self._plan if intercept and is_compiler_used() and can_trace() else None
+        lane = None
+        if intercept and plan is None and reduction is None and not rows:
+            lane = self._lanes.find(parameters, dense, self._check)
         session = Session(
             parameters,
             names,
@@ -156,7 +163,8 @@ class StratifyingOptimizer(OptimizerWrapper):
             intercept=intercept,
             declared=rows,
             on_scalar=None if reduction is None else self._finish_scalar,
-            plan=self._plan if intercept and is_compiler_used() and can_trace() else None,
+            plan=plan,
+            lane=lane,
         )
         session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:
@@ -167,9 +175,7 @@ class StratifyingOptimizer(OptimizerWrapper):
                 if wanted:
                     stack.enter_context(compiled_modules(run_graphs=session.is_traced))
                 if session.interception is not None:
-                    session.interception.prepare(
-                        [i for i in self._dense_parameters if i < len(parameters)]
-                    )
+                    session.interception.prepare(dense)
                     stack.enter_context(session.interception)
                 yield
             self._dense_parameters = session.leaves.dense_parameters()

@@ -88,7 +88,8 @@ class BoundNegatives:
             offsets: Ragged offsets of the targets, int64 [B + 1].
             step: Batch of the epoch; only draws per batch depend on it.
             starts: Where the users' windows begin in ``store.items``, int64 [B]; needed unless
-                ``exclude`` is ``"history"``, ``"sequence"`` or ``"none"`` and ``per`` is not ``"batch"``.
+                ``exclude`` is ``"history"``, ``"sequence"`` or ``"none"`` and ``per`` is not
+                ``"batch"``.
             ends: Where they end, targets included.
             targets: Targets, int64 [T]; needed by ``exclude="targets"``.
             out: Where to write, int64 of ``shape``; None for a new array.

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pinet_fast.aggregation.sharing import rows_alone
 from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import ConfigError
 
@@ -145,10 +146,23 @@ class EventLoss:
         Raises:
             ConfigError: The batch lacks what the loss needs.
         """
-        targets = event_targets(batch)
+        with rows_alone():
+            targets = event_targets(batch)
         if self.name == "ce":
             return F.cross_entropy(table.scores(hidden), targets, reduction="none")
         positive, others = self._scores(table, hidden, targets, batch)
+        with rows_alone():
+            return self._of_scores(table, positive, others, targets, batch)
+
+    def _of_scores(
+        self,
+        table: ItemScores,
+        positive: Tensor,
+        others: Tensor,
+        targets: Tensor,
+        batch: RaggedBatch,
+    ) -> Tensor:
+        """Return the losses, [T], of scores of targets, [T], and of negatives, [T, n]."""
         if self.name == "bce":
             return binary_cross_entropy(positive, others)
         if self.name == "bpr":
@@ -169,13 +183,17 @@ class EventLoss:
     ) -> tuple[Tensor, Tensor]:
         """Return the scores of the targets, [T], and of the negatives, [T, n]."""
         negatives = self._drawn(batch)
-        if negatives.dim() == 1:
+        with rows_alone():
+            is_pool = negatives.dim() == 1
+            items = targets.unsqueeze(1)
+            if not is_pool:  # one lookup for the target and its negatives: [T, 1 + n]
+                items = torch.cat([items, by_event(negatives, batch)], 1)
+        if is_pool:
             others = table.pool_scores(hidden, negatives)
-            return table.candidate_scores(hidden, targets.unsqueeze(1)).squeeze(1), others
-        # One lookup for the target and its negatives: [T, 1 + n].
-        negatives = by_event(negatives, batch)
-        scores = table.candidate_scores(hidden, torch.cat([targets.unsqueeze(1), negatives], 1))
-        return scores[:, 0], scores[:, 1:]
+            return table.candidate_scores(hidden, items).squeeze(1), others
+        scores = table.candidate_scores(hidden, items)
+        with rows_alone():
+            return scores[:, 0], scores[:, 1:]
 
     def _drawn(self, batch: RaggedBatch) -> Tensor:
         if batch.negatives is None:

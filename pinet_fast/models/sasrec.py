@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pinet_fast.aggregation.sharing import rows_alone
 from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import ConfigError
 from pinet_fast.kernels import ragged_attention
 from pinet_fast.models.dropout import Dropout
+from pinet_fast.models.layers import Embedding, LayerNorm
 from pinet_fast.models.sequence import SequenceModel
 
 NormName = Literal["pre", "post"]
@@ -70,11 +72,11 @@ class SASRec(SequenceModel):
             raise ConfigError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
         if norm not in get_args(NormName):
             raise ConfigError(f"norm: expected 'pre' or 'post', got {norm!r}")
-        self.positions = nn.Embedding(max_len, dim)
+        self.positions = Embedding(max_len, dim)
         self.dropout = Dropout(dropout)
         block = _Block if norm == "pre" else _PostBlock
         self.blocks = nn.ModuleList(block(dim, num_heads, dropout) for _ in range(num_blocks))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.is_pre = norm == "pre"
         self.reset_parameters()
 
@@ -88,16 +90,16 @@ class SASRec(SequenceModel):
         Returns:
             [T, d].
         """
-        lengths = offsets[1:] - offsets[:-1]
-        event = torch.arange(values.numel(), device=values.device)
-        from_end = repeat_rows(offsets[1:], lengths) - 1 - event
-        x = self.items(values)
-        x = (
-            x * self.dim**0.5 + self.positions(from_end)
-            if self.is_pre
-            else self.norm(x + self.positions(from_end))
-        )
-        x = self.dropout(x)
+        with rows_alone():
+            lengths = offsets[1:] - offsets[:-1]
+            event = torch.arange(values.numel(), device=values.device)
+            from_end = repeat_rows(offsets[1:], lengths) - 1 - event
+        items, positions = self.items(values), self.positions(from_end)
+        with rows_alone():
+            x = items * self.dim**0.5 + positions if self.is_pre else items + positions
+        x = x if self.is_pre else self.norm(x)
+        with rows_alone():
+            x = self.dropout(x)
         for block in self.blocks:
             x = block(x, offsets, self.max_len)
         out: Tensor = self.norm(x) if self.is_pre else x
@@ -110,25 +112,27 @@ class _Block(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        self.feed_norm = nn.LayerNorm(dim)
+        self.feed_norm = LayerNorm(dim)
         self.up = nn.Linear(dim, dim)
         self.down = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, offsets: Tensor, max_len: int) -> Tensor:
-        num_events, dim = x.shape
-        qkv = self.qkv(self.attention_norm(x))
-        qkv = qkv.view(num_events, 3, self.num_heads, dim // self.num_heads)
         rate = self.dropout.p if self.training else 0.0
-        attended = ragged_attention(qkv, offsets, dropout=rate, max_len=max_len)
-        attended = attended.view(num_events, dim)
-        x = x + self.dropout(self.out(attended))
-        inner = self.dropout(torch.relu(self.up(self.feed_norm(x))))
-        out: Tensor = x + self.dropout(self.down(inner))
-        return out
+        qkv = self.qkv(self.attention_norm(x))
+        out = self.out(_attended(qkv, offsets, self.num_heads, rate, max_len))
+        with rows_alone():
+            x = x + self.dropout(out)
+        inner = self.up(self.feed_norm(x))
+        with rows_alone():
+            inner = self.dropout(torch.relu(inner))
+        out = self.down(inner)
+        with rows_alone():
+            summed: Tensor = x + self.dropout(out)
+        return summed
 
 
 class _PostBlock(nn.Module):
@@ -139,18 +143,32 @@ class _PostBlock(nn.Module):
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        self.attention_norm = nn.LayerNorm(dim)
+        self.attention_norm = LayerNorm(dim)
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
-        self.feed_norm = nn.LayerNorm(dim)
+        self.feed_norm = LayerNorm(dim)
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, offsets: Tensor, max_len: int) -> Tensor:
-        num_events, dim = x.shape
-        qkv = self.qkv(x).view(num_events, 3, self.num_heads, dim // self.num_heads)
         rate = self.dropout.p if self.training else 0.0
-        attended = ragged_attention(qkv, offsets, dropout=rate, max_len=max_len)
-        attended = attended.view(num_events, dim)
-        x = self.attention_norm(x + self.dropout(self.out(attended)))
-        out: Tensor = self.feed_norm(x + self.dropout(self.down(F.gelu(self.up(x)))))
-        return out
+        out = self.out(_attended(self.qkv(x), offsets, self.num_heads, rate, max_len))
+        with rows_alone():
+            x = x + self.dropout(out)
+        x = self.attention_norm(x)
+        inner = self.up(x)
+        with rows_alone():
+            inner = F.gelu(inner)
+        out = self.down(inner)
+        with rows_alone():
+            x = x + self.dropout(out)
+        normed: Tensor = self.feed_norm(x)
+        return normed
+
+
+def _attended(qkv: Tensor, offsets: Tensor, num_heads: int, rate: float, max_len: int) -> Tensor:
+    """Return what the events attend to, [T, d], for queries, keys and values [T, 3 d]."""
+    with rows_alone():
+        num_events, width = qkv.shape
+        heads = qkv.view(num_events, 3, num_heads, width // (3 * num_heads))
+        attended = ragged_attention(heads, offsets, dropout=rate, max_len=max_len)
+        return attended.flatten(1)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pinet_fast.aggregation.sharing import shared
+from pinet_fast.aggregation.sharing import rows_alone, shared
+from pinet_fast.models.layers import Embedding
 from pinet_fast.models.losses import EventLoss
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ class SequenceModel(nn.Module):
         self.num_items = num_items
         self.max_len = max_len
         self.dim = dim
-        self.items = nn.Embedding(num_items + 1, dim, padding_idx=0)
-        self.outputs = None if tied else nn.Embedding(num_items + 1, dim, padding_idx=0)
+        self.items = Embedding(num_items + 1, dim, padding_idx=0)
+        self.outputs = None if tied else Embedding(num_items + 1, dim, padding_idx=0)
         # -inf for item 0 as a bias costs no pass over the [T, V + 1] logits of its own, and leaves
         # exactly zero gradient in the padding row.
         bias = torch.zeros(num_items + 1)
@@ -101,7 +102,9 @@ class SequenceModel(nn.Module):
 
     def candidate_scores(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Return the scores of each row's own items, [N, n], for states [N, d] and ids [N, n]."""
-        scores: Tensor = (self.scored(items) * hidden.unsqueeze(1)).sum(-1)
+        candidates = self.scored(items)
+        with rows_alone():
+            scores: Tensor = (candidates * hidden.unsqueeze(1)).sum(-1)
         return scores
 
     def pool_scores(self, hidden: Tensor, items: Tensor) -> Tensor:

@@ -1,0 +1,247 @@
+#include "nodes.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <utility>
+
+namespace pinet {
+namespace {
+
+using torch::autograd::Edge;
+using torch::autograd::edge_list;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+constexpr int64_t kFusedWeight = 1 << 16;  // as in kernels/stratified_linear/_cpp.py
+
+template <class... Args>
+void call(const c10::OperatorHandle& op, Args&&... args) {
+  torch::jit::Stack stack;
+  stack.reserve(sizeof...(args));
+  (stack.emplace_back(std::forward<Args>(args)), ...);
+  op.callBoxed(stack);
+}
+
+c10::OperatorHandle find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+}
+
+bool has_tuned_blas() {
+  static const bool is_tuned = [] {
+    torch::jit::Stack stack;
+    find("pinet_cpp::cpu_has_tuned_blas").callBoxed(stack);
+    return stack.back().toBool();
+  }();
+  return is_tuned;
+}
+
+Edge edge_of(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.requires_grad() ? torch::autograd::impl::gradient_edge(tensor)
+                                                    : Edge();
+}
+
+// Gradients of these gradients there are none, as torch's `once_differentiable` has it.
+variable_list once(variable_list&& grads) {
+  if (!at::GradMode::is_enabled()) return std::move(grads);
+  for (at::Tensor& grad : grads)
+    if (grad.defined()) grad = grad.detach().set_requires_grad(true);
+  auto error = c10::make_intrusive<torch::autograd::DelayedError>(
+      "trying to differentiate twice a function that was marked with @once_differentiable",
+      static_cast<int>(grads.size()));
+  return (*error)(std::move(grads));
+}
+
+template <class T>
+at::Tensor attach(at::Tensor out, const c10::intrusive_ptr<T>& node, edge_list&& edges,
+                  std::shared_ptr<Forward>&& forward, std::shared_ptr<const Groups>&& groups,
+                  int kind) {
+  node->forward = std::move(forward);
+  node->groups = std::move(groups);
+  node->kind = kind;
+  node->set_next_edges(std::move(edges));
+  torch::autograd::set_history(out, node);
+  return out;
+}
+
+struct Linear final : Boundary {
+  SavedVariable rows, weight;
+
+  std::string name() const override { return "StratifiedLinearBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    rows.reset_data();
+    weight.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(3);
+    check_expected(task_should_compute_output(1) || task_should_compute_output(2));
+    const at::Tensor x = rows.unpack(), w = weight.unpack();
+    variable_list out(3);
+    {
+      at::NoGradGuard no_grad;
+      compute(grads[0], x, w, out);
+    }
+    return once(std::move(out));
+  }
+
+  void compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w,
+               variable_list& out) const {
+    const int64_t strata = groups->num_strata(), wide = w.size(0), deep = w.size(1);
+    std::optional<at::Tensor> for_rows, for_weight, for_bias;
+    if (task_should_compute_output(0)) for_rows = at::empty({x.size(0), deep}, x.options());
+    if (task_should_compute_output(1)) for_weight = at::empty({strata, wide, deep}, x.options());
+    if (task_should_compute_output(2)) for_bias = at::empty({strata, wide}, x.options());
+    const bool is_fused = x.scalar_type() == at::kFloat && strata > 1 &&
+                          wide * deep <= kFusedWeight && !has_tuned_blas();
+    if (is_fused) {
+      static const auto op = find("pinet_cpp::stratified_linear_fused");
+      call(op, grad, w, x, groups->offsets, groups->order, for_rows, for_weight, for_bias);
+    } else {
+      static const auto op = find("pinet_cpp::stratified_linear_backward");
+      at::Tensor sorted_grad = grad, sorted_rows = x;
+      if (groups->order && for_weight) {
+        sorted_grad = grad.index_select(0, *groups->order);
+        sorted_rows = x.index_select(0, *groups->order);
+      }
+      call(op, grad, w, sorted_grad, sorted_rows, groups->offsets, groups->ids, for_rows,
+           for_weight, for_bias);
+    }
+    ++forward->calls->linear;
+    if (for_rows) out[0] = std::move(*for_rows);
+    if (for_weight) out[1] = std::move(*for_weight);
+    if (for_bias) out[2] = std::move(*for_bias);
+  }
+};
+
+struct LayerNorm final : Boundary {
+  SavedVariable rows, mean, rstd, weight;
+
+  std::string name() const override { return "StratifiedLayerNormBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&rows, &mean, &rstd, &weight}) saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(3);
+    check_expected(task_should_compute_output(1) || task_should_compute_output(2));
+    const at::Tensor x = rows.unpack(), w = weight.unpack();
+    const at::Tensor m = mean.unpack(), r = rstd.unpack();
+    std::optional<at::Tensor> for_rows, for_weight, for_bias;
+    {
+      at::NoGradGuard no_grad;
+      const int64_t strata = groups->num_strata(), deep = w.size(0);
+      if (task_should_compute_output(0)) for_rows = at::empty({x.size(0), deep}, x.options());
+      if (task_should_compute_output(1)) for_weight = at::empty({strata, deep}, x.options());
+      if (task_should_compute_output(2)) for_bias = at::empty({strata, deep}, x.options());
+      static const auto op = find("pinet_cpp::stratified_norm_backward");
+      call(op, grads[0], x, m.flatten(), r.flatten(), w.contiguous(), groups->ids, strata,
+           for_rows, for_weight, for_bias);
+    }
+    ++forward->calls->norm;
+    variable_list out(3);
+    if (for_rows) out[0] = std::move(*for_rows);
+    if (for_weight) out[1] = std::move(*for_weight);
+    if (for_bias) out[2] = std::move(*for_bias);
+    return once(std::move(out));
+  }
+};
+
+struct Embedding final : Boundary {
+  SavedVariable ids;
+  std::vector<int64_t> shape;  // of the leaf
+  int64_t padding_idx = -1;
+
+  std::string name() const override { return "StratifiedEmbeddingBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ids.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!grads[0].defined()) return variable_list(1);
+    check_expected(task_should_compute_output(0));
+    const at::Tensor looked_up = ids.unpack();
+    at::Tensor out;
+    {
+      at::NoGradGuard no_grad;
+      at::Tensor strata = groups->ids;
+      if (looked_up.dim() > 1)
+        strata = strata.unsqueeze(1).expand_as(looked_up).reshape(-1);
+      const at::Tensor flat = looked_up.reshape(-1);
+      at::Tensor values = grads[0].reshape({flat.size(0), shape[2]});
+      if (padding_idx >= 0) {
+        const at::Tensor is_padding = flat.eq(padding_idx);
+        if (is_padding.any().item<bool>())
+          values = values.masked_fill(is_padding.unsqueeze(1), 0.0);
+      }
+      out = at::_sparse_coo_tensor_unsafe(at::stack({strata, flat}), values, shape,
+                                          values.options().layout(at::kSparse));
+    }
+    return once({out});
+  }
+};
+
+}  // namespace
+
+at::Tensor linear(const at::Tensor& rows, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, const at::Tensor& weight_leaf,
+                  const at::Tensor& bias_leaf, std::shared_ptr<Forward> forward,
+                  std::shared_ptr<const Groups> groups, int kind) {
+  at::Tensor out;
+  {
+    at::NoGradGuard no_grad;
+    out = at::linear(rows, weight, bias);
+  }
+  auto node = c10::make_intrusive<Linear>();
+  node->rows = SavedVariable(rows, false);
+  node->weight = SavedVariable(weight, false);
+  return attach(std::move(out), node, {edge_of(rows), edge_of(weight_leaf), edge_of(bias_leaf)},
+                std::move(forward), std::move(groups), kind);
+}
+
+at::Tensor layer_norm(const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& bias,
+                      double eps, const at::Tensor& weight_leaf, const at::Tensor& bias_leaf,
+                      std::shared_ptr<Forward> forward,
+                      std::shared_ptr<const Groups> groups, int kind) {
+  at::Tensor out, mean, rstd;
+  {
+    at::NoGradGuard no_grad;
+    std::tie(out, mean, rstd) = at::native_layer_norm(rows, weight.sizes(), weight, bias, eps);
+  }
+  auto node = c10::make_intrusive<LayerNorm>();
+  node->rows = SavedVariable(rows, false);
+  node->mean = SavedVariable(mean, false);
+  node->rstd = SavedVariable(rstd, false);
+  node->weight = SavedVariable(weight, false);
+  return attach(std::move(out), node, {edge_of(rows), edge_of(weight_leaf), edge_of(bias_leaf)},
+                std::move(forward), std::move(groups), kind);
+}
+
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t padding_idx,
+                     const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     std::shared_ptr<const Groups> groups, int kind) {
+  at::Tensor out;
+  {
+    at::NoGradGuard no_grad;
+    out = at::embedding(table, ids);
+  }
+  auto node = c10::make_intrusive<Embedding>();
+  node->ids = SavedVariable(ids, false);
+  node->shape = leaf.sizes().vec();
+  node->padding_idx = padding_idx;
+  return attach(std::move(out), node, {edge_of(leaf)}, std::move(forward), std::move(groups), kind);
+}
+
+}  // namespace pinet

@@ -1,0 +1,68 @@
+// Boundaries as nodes of the autograd graph: the same as those of `boundary.py` and `lookups.py`,
+// whose docstrings are their specification, for rows [N, D] on a CPU.
+
+#pragma once
+
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace pinet {
+
+// The rows of one kind, grouped by stratum: `strata_index.RowGroups`.
+struct Groups {
+  at::Tensor ids;
+  std::vector<int64_t> offsets;  // S + 1
+  std::optional<at::Tensor> order;
+
+  int64_t num_rows() const { return offsets.back(); }
+  int64_t num_strata() const { return static_cast<int64_t>(offsets.size()) - 1; }
+};
+
+// How often kernels ran, for the registry of the ops.
+struct Calls {
+  int64_t linear = 0;
+  int64_t norm = 0;
+};
+
+// One forward inside `stratify`: nodes of another one say nothing about its rows.
+struct Forward {
+  std::shared_ptr<Calls> calls;
+  void (*refuse)();                      // throws: this backward is not the aggregator's
+  std::atomic<bool> is_expected{false};  // it is
+};
+
+struct Boundary : torch::autograd::Node {
+  std::shared_ptr<Forward> forward;
+  std::shared_ptr<const Groups> groups;
+  int kind = 0;  // which groups of the forward
+
+  // Only the aggregator's backward may leave gradients in virtual leaves.
+  void check_expected(bool reaches_leaves) const {
+    if (reaches_leaves && !forward->is_expected) forward->refuse();
+  }
+};
+
+// y = x W^T + b; returns y with its history.
+at::Tensor linear(const at::Tensor& rows, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias, const at::Tensor& weight_leaf,
+                  const at::Tensor& bias_leaf, std::shared_ptr<Forward> forward,
+                  std::shared_ptr<const Groups> groups, int kind);
+
+// LayerNorm over the last dimension.
+at::Tensor layer_norm(const at::Tensor& rows, const at::Tensor& weight, const at::Tensor& bias,
+                      double eps, const at::Tensor& weight_leaf, const at::Tensor& bias_leaf,
+                      std::shared_ptr<Forward> forward,
+                      std::shared_ptr<const Groups> groups, int kind);
+
+// E[ids] for ids [N] or [N, K]; `padding_idx` is in 0..V-1, or -1 for none.
+at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t padding_idx,
+                     const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     std::shared_ptr<const Groups> groups, int kind);
+
+}  // namespace pinet

@@ -1,0 +1,172 @@
+"""The lane: the interception's usual calls, compiled.
+
+At small batches a step costs what its Python costs. Once the leak check has proven a model, most of
+the interception's decisions are the same in every step, and ``csrc/`` makes them without Python:
+it passes on calls that no parameter takes part in, and makes the boundaries of linear layers, layer
+norms and lookups whose sites are settled, whose rows are [N, ...] with the batch's events or users
+in dimension 0, on a CPU. Their nodes compute what the functions of ``boundary.py`` and
+``lookups.py`` do, with the same kernels and the same bits. Whatever is otherwise is left to
+:class:`Interception`, so that nothing is decided in two ways: layouts that the graph would have to
+tell through views, autocast, saved-tensor hooks, modes of other libraries, ``shared()``, derived
+parameters, first uses.
+
+The library is for the minor version of torch that it was built with; elsewhere there is no lane.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pinet_fast import _env, profiling
+from pinet_fast.aggregation import provenance
+from pinet_fast.aggregation.gradient_calls import GRADIENT_CALLS, refuse_backward
+from pinet_fast.aggregation.interception import Interception
+from pinet_fast.aggregation.leak_check import LeakCheck, Site
+from pinet_fast.aggregation.sharing import set_shared
+from pinet_fast.kernels import _registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+
+_OPS = {"linear": 0, "layer_norm": 1, "embedding": 2}  # as csrc/lane.cpp counts them
+_KERNELS = ("stratified_linear_backward", "stratified_norm_backward")
+
+
+@functools.cache
+def _library() -> tuple[Any, str | None]:
+    """Return the compiled module, or None and the reason why there is none."""
+    version = "_".join(torch.__version__.split(".")[:2])
+    try:
+        module = importlib.import_module(f"pinet_fast._lane_{version}")
+    except ImportError as error:
+        return None, f"not built for this torch ({error}); run make install again"
+    for op in _KERNELS:
+        compiled = next(b for b in _registry.backends(op) if b.name == "cpp")
+        if reason := compiled.probe():
+            return None, reason
+    module.configure(
+        Interception.__torch_function__, set_shared, refuse_backward, GRADIENT_CALLS,
+        (F.linear, F.layer_norm, F.embedding, torch.layer_norm, torch.embedding),
+        tuple(provenance.SAME_SHAPE), tuple(provenance.READERS),
+    )  # fmt: skip
+    return module, None
+
+
+def refusal() -> str | None:
+    """Return None if this process has the lane, else the reason why not."""
+    return _library()[1]
+
+
+@functools.cache
+def _interception() -> type[Interception]:
+    """Return the class of interceptions in a lane; made where there is one."""
+
+    class LaneInterception(Interception):
+        """An interception whose calls pass the lane first."""
+
+        lane: Any
+        __torch_function__ = _library()[0].torch_function
+
+        def prepare(self, positions: Sequence[int]) -> None:
+            self.rows.layout_of = self.lane.layout_of
+            self.lane.begin(
+                self.by_id, self.leaves, *self.leaves.lent(), self._occurrences, self._known,
+                self.leaves.num_strata, self.rows.whole_layouts(),
+            )  # fmt: skip
+
+        def __exit__(self, *error: object) -> None:
+            self.lane.end()
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+        def expect_backward(self) -> None:
+            self.lane.expect()
+
+        def note_calls(self) -> None:
+            for op, calls in zip(_KERNELS, self.lane.take_calls(), strict=True):
+                _registry.record_call(op, "cpp", calls)
+
+        @contextmanager
+        def replaying(self) -> Iterator[None]:
+            self.lane.pause(True)
+            try:
+                with super().replaying():
+                    yield
+            finally:
+                self.lane.pause(False)
+
+    return LaneInterception
+
+
+class _Settled(NamedTuple):
+    """What a lane was made from."""
+
+    num_sites: int
+    parameters: list[Tensor]
+    dense: list[int]
+
+
+class Lanes:
+    """Makes a lane for the steps of one aggregator, anew where more is settled."""
+
+    def __init__(self) -> None:
+        self._made: _Settled | None = None
+        self._lane: Any = None
+
+    def find(
+        self, parameters: list[Tensor], dense: list[int], check: LeakCheck
+    ) -> tuple[type[Interception], Any] | None:
+        """Return the interception's class and its lane; None where the interception is plain.
+
+        Args:
+            parameters: The optimizer's parameters that require gradients.
+            dense: Positions of those that the last forward used densely.
+            check: What is proven.
+        """
+        if not check.settled or profiling.is_on or refusal() is not None:
+            return None
+        if _env.forced_backend() is not None or not _env.lane_enabled():
+            return None
+        made = self._made
+        if (
+            made is None
+            or made.num_sites != len(check.settled)
+            or made.dense != dense
+            or len(made.parameters) != len(parameters)
+            or not all(map(operator.is_, made.parameters, parameters))
+        ):
+            self._made = _Settled(len(check.settled), parameters, dense)
+            self._lane = _lane(parameters, dense, check)
+        return None if self._lane is None else (_interception(), self._lane)
+
+
+def _lane(parameters: list[Tensor], dense: list[int], check: LeakCheck) -> Any:
+    served = {i for i, p in enumerate(parameters) if type(p) in (nn.Parameter, torch.Tensor)}
+    found: dict[tuple[Any, ...], set[int]] = {}
+    for sources, op, kind, dim, occurrence, is_sliced in map(Site._make, check.settled):
+        if op in _OPS and dim == 0 and len(sources) == 1 and not is_sliced:
+            found.setdefault((sources, op, kind, dim), set()).add(occurrence)
+    sites = [
+        (
+            key[0][0],
+            _OPS[key[1]],
+            key[2],
+            key,
+            next(n for n in range(len(seen) + 1) if n not in seen),
+        )
+        for key, seen in found.items()
+        if key[0][0] in served
+    ]
+    if not sites:
+        return None
+    return _library()[0].Lane(parameters, [i for i in dense if i in served], sites)
