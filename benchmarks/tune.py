@@ -39,7 +39,8 @@ GRIDS: dict[str, dict[str, tuple[int, ...]]] = {
         "programs": (132, 264, 528),
     },
     "routed_linear": {
-        "BLOCK_ROWS": (32, 64, 128), "BLOCK_WIDE": (64, 128), "BLOCK_DEEP": (32, 64), **_PRODUCT,
+        "BLOCK_ROWS": (32, 64, 128), "BLOCK_WIDE": (64, 128), "BLOCK_DEEP": (16, 32, 64),
+        **_PRODUCT,
     },
     "stratified_norm_backward": {**_TILE, "TILES": (4, 8, 16)},
     "stratum_sums": {**_TILE, "ROWS": (16, 32, 64), "TILES": (4, 8, 16)},
@@ -67,17 +68,17 @@ def targets(setting: Setting) -> Iterator[Target]:
     make = cases.Maker(setting)
     half, single = torch.bfloat16, torch.float32
     count = setting.pick(65536, 70)
+    formats = (
+        (half, "ieee"), (torch.float16, "ieee"), (single, "ieee"), (single, "tf32"),
+        (single, "tf32x3"),
+    )  # fmt: skip
     for bucket, width in (("small", setting.pick(64, 17)), ("large", setting.pick(256, 130))):
-        for dtype, precision in (
-            (half, "ieee"), (torch.float16, "ieee"), (single, "ieee"), (single, "tf32"),
-            (single, "tf32x3"),
-        ):  # fmt: skip
+        for dtype, precision in formats:
             case = cases.linear_case(make, count, width, dtype, precision, True)
-            name = cases.name_of(dtype) + (f":{precision}" if dtype is single else "")
-            yield Target("stratified_linear_backward", name, bucket, case)
-    for dtype in (half, torch.float16, single):
-        case = cases.routed_case(make, count, setting.pick(256, 20), dtype, True)
-        yield Target("routed_linear", cases.name_of(dtype), "all", case)
+            yield Target("stratified_linear_backward", _format_name(dtype, precision), bucket, case)
+    for dtype, precision in formats:
+        case = cases.routed_case(make, count, setting.pick(256, 20), dtype, precision, True)
+        yield Target("routed_linear", _format_name(dtype, precision), "all", case)
     for dtype in (half, single):
         name = cases.name_of(dtype)
         narrow = cases.norm_case(make, count, setting.pick(256, 20), dtype)
@@ -92,6 +93,10 @@ def targets(setting: Setting) -> Iterator[Target]:
     gram, combine = cases.parameter_cases(make, 8, setting.pick(10_000_000, 500))
     yield Target("stratum_gram", "float32", "all", gram)
     yield Target("stratum_combine", "float32", "all", combine)
+
+
+def _format_name(dtype: torch.dtype, precision: str) -> str:
+    return cases.name_of(dtype) + (f":{precision}" if dtype is torch.float32 else "")
 
 
 def candidates(table: str, present: Config, limit: int | None = None) -> list[Config]:

@@ -8,6 +8,9 @@ import importlib.util
 import torch
 
 from pinet_fast import _env
+from pinet_fast.errors import InputError
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")  # of float32 products
 
 
 def is_interpreted() -> bool:
@@ -35,6 +38,14 @@ def device_refusal(device: torch.device) -> str | None:
     if expected == "cuda" and device.index != torch.cuda.current_device():
         return f"the tensors are on {device}, which is not the current device"
     return None
+
+
+def precision_error(op: str, precision: object) -> InputError:
+    """Return the error for a precision that is none of ``PRECISIONS``."""
+    return InputError(
+        f"{op}: precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}; leave it "
+        "out for ieee"
+    )
 
 
 def padded(size: int) -> int:

@@ -115,9 +115,11 @@ def every_case(setting: Setting) -> Iterator[Case]:
     yield linear_case(make, count, width, half, "ieee", False)
     for precision in ("ieee", "tf32x3"):
         yield linear_case(make, count, width, single, precision, True)
+    for precision in ("tf32", "tf32x3"):
+        yield routed_case(make, count, width, single, precision, True)
     for dtype in (half, single):
-        yield routed_case(make, count, width, dtype, True)
-        yield routed_case(make, count, width, dtype, False)
+        yield routed_case(make, count, width, dtype, "ieee", True)
+        yield routed_case(make, count, width, dtype, "ieee", False)
         yield norm_case(make, count, setting.pick(256, 20), dtype)
         yield sums_case(make, count, width, dtype)
     yield norm_case(make, setting.pick(8192, 9), setting.pick(2048, 70), single)
@@ -176,7 +178,9 @@ def linear_case(
     )  # fmt: skip
 
 
-def routed_case(make: Maker, count: int, width: int, dtype: torch.dtype, is_sorted: bool) -> Case:
+def routed_case(
+    make: Maker, count: int, width: int, dtype: torch.dtype, precision: str, is_sorted: bool
+) -> Case:
     """Return the forward of plugin heads."""
 
     def arguments(seed: int) -> Arguments:
@@ -188,10 +192,14 @@ def routed_case(make: Maker, count: int, width: int, dtype: torch.dtype, is_sort
     def one_layer(rows: Any, weight: Any, bias: Any, *_: Any) -> object:
         return F.linear(rows, weight[0], bias[0])
 
-    label = f"N={count} D={width} {name_of(dtype)}" + ("" if is_sorted else " unsorted")
+    label = f"N={count} D={width} {name_of(dtype)}"
+    label += f" {precision}" if dtype is torch.float32 else ""
     cost = routed_cost(count, width, width, NUM_STRATA, dtype.itemsize)
-    tolerance = 2e-5 if dtype is torch.float32 else 2e-2
-    return Case("routed_linear", label, arguments, cost, tolerance, {}, {"one F.linear": one_layer})
+    tolerance = _TOLERANCE[precision] if dtype is torch.float32 else 2e-2
+    return Case(
+        "routed_linear", label + ("" if is_sorted else " unsorted"), arguments, cost, tolerance,
+        {"precision": precision}, {"one F.linear": one_layer}, uses_tf32=precision != "ieee",
+    )  # fmt: skip
 
 
 def norm_case(make: Maker, count: int, width: int, dtype: torch.dtype) -> Case:

@@ -56,6 +56,7 @@ def run_forward(
     row_offsets: Sequence[int],
     order: Tensor | None,
     out: Tensor,
+    precision: str = "ieee",
 ) -> None:
     """Write ``out``; arguments as of the reference."""
     if order is None:
@@ -77,6 +78,7 @@ def run_backward(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    precision: str = "ieee",
 ) -> None:
     """Write the gradients that are wanted; arguments as of the reference."""
     sorted_grad = grad if order is None else grad.index_select(0, order)

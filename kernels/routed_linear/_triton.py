@@ -12,6 +12,7 @@ import triton.language as tl
 from .. import _configs
 from .._tl import is_interpreted, padded
 from ..stratified_linear import _triton as by_stratum
+from ..stratified_linear._triton import to_tf32
 from ..stratum_sums._triton import as_rows
 
 _MIN_BLOCK = 16  # of a matrix product
@@ -36,6 +37,7 @@ def _routed_kernel(
     BLOCK_DEEP: tl.constexpr,
     HAS_ORDER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter cannot multiply bfloat16
     REVERSE: tl.constexpr,  # tests run the programs in the opposite order
 ):
@@ -67,14 +69,17 @@ def _routed_kernel(
         if UPCAST:
             b_x = b_x.to(tl.float32)
             b_w = b_w.to(tl.float32)
-        acc = tl.dot(b_x, b_w, acc, input_precision="ieee")
+        if PRECISION == "tf32":
+            b_x = to_tf32(b_x)
+            b_w = to_tf32(b_w)
+        acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + head * wide + o_w, mask=m_w, other=0.0).to(tl.float32)[None, :]
     p_out = out_ptr + o_from[:, None] * wide + o_w[None, :]
     tl.store(p_out, acc, mask=m_n[:, None] & m_w[None, :])
 
 
-def launch_options(wide, deep, config, has_order, has_bias, upcast, reverse=False):
+def launch_options(wide, deep, config, precision, has_order, has_bias, upcast, reverse=False):
     """Return the compile-time arguments from their config."""
     return {
         "BLOCK_ROWS": config["BLOCK_ROWS"],
@@ -82,22 +87,25 @@ def launch_options(wide, deep, config, has_order, has_bias, upcast, reverse=Fals
         "BLOCK_DEEP": min(max(padded(deep), _MIN_BLOCK), config["BLOCK_DEEP"]),
         "HAS_ORDER": has_order,
         "HAS_BIAS": has_bias,
+        "PRECISION": precision,
         "UPCAST": upcast,
         "REVERSE": reverse,
     }
 
 
-def run_forward(rows, weight, bias, ids, row_offsets, order, out, reverse=False):
+def run_forward(rows, weight, bias, ids, row_offsets, order, out, precision="ieee", reverse=False):
     """Write ``out``, contiguous; arguments as of the reference."""
     if out.numel() == 0:
         return
     _, wide, deep = weight.shape
     rows = as_rows(rows)
-    dtype = str(rows.dtype).removeprefix("torch.")
+    precision = by_stratum.products_precision(rows.dtype, precision)
+    dtype = by_stratum.config_dtype(rows.dtype, precision)
     config = _configs.lookup("routed_linear", rows.device, dtype, "all")
     options = launch_options(
-        wide, deep, config, order is not None, bias is not None, is_interpreted(), reverse
-    )
+        wide, deep, config, precision, order is not None, bias is not None, is_interpreted(),
+        reverse,
+    )  # fmt: skip
     tasks, _, num_tasks = by_stratum.plan(tuple(row_offsets), config["BLOCK_ROWS"], rows.device)
     _routed_kernel[(triton.cdiv(wide, options["BLOCK_WIDE"]), num_tasks)](
         out, rows, weight, None if bias is None else bias.contiguous(),
@@ -108,12 +116,13 @@ def run_forward(rows, weight, bias, ids, row_offsets, order, out, reverse=False)
 
 
 def run_backward(
-    grad, rows, weight, ids, row_offsets, order, grad_rows, grad_weight, grad_bias, reverse=False
-):
+    grad, rows, weight, ids, row_offsets, order, grad_rows, grad_weight, grad_bias,
+    precision="ieee", reverse=False,
+):  # fmt: skip
     """Write the gradients that are wanted, contiguous; arguments as of the reference."""
     if grad_rows is not None:
         transposed = weight.transpose(1, 2)
-        run_forward(grad, transposed, None, ids, row_offsets, order, grad_rows, reverse)
+        run_forward(grad, transposed, None, ids, row_offsets, order, grad_rows, precision, reverse)
     by_stratum.run(
-        grad, rows, None, ids, row_offsets, order, None, grad_weight, grad_bias, reverse=reverse
+        grad, rows, None, ids, row_offsets, order, None, grad_weight, grad_bias, precision, reverse
     )

@@ -29,6 +29,7 @@ def routed_linear(
     row_offsets: Sequence[int],
     order: Tensor | None = None,
     *,
+    precision: str = "ieee",
     backend: str | None = None,
 ) -> Tensor:
     """Apply to every row the linear layer of its head.
@@ -46,6 +47,9 @@ def routed_linear(
             ``row_offsets[h + 1]``: H + 1 ascending ints on the host, from 0 to N.
         order: The stable permutation that sorts ``ids``, int64 [N]; None where they are sorted,
             which saves gathering the rows.
+        precision: Of float32 products on tensor cores, forward and backward: ``"ieee"`` (without
+            them), ``"tf32"``, or ``"tf32x3"``, close to ieee; backends without the choice are more
+            precise.
         backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose. The
             backward uses what the forward was asked to use.
 
@@ -53,7 +57,7 @@ def routed_linear(
         [N, D_out] of the dtype of ``rows``, in the order of ``rows``.
 
     Raises:
-        InputError: Shapes, dtypes, devices or offsets are not as above.
+        InputError: Shapes, dtypes, devices, offsets or the precision are not as above.
         BackendUnavailableError: The backend asked for cannot serve these inputs.
         RuntimeError: The gradient of a gradient is asked for.
 
@@ -67,8 +71,10 @@ def routed_linear(
         ``cost(num_rows, wide, deep, num_heads, itemsize)``, a forward.
     """
     _check(rows, weight, bias, ids, row_offsets, order)
+    if precision not in _tl.PRECISIONS:
+        raise _tl.precision_error("routed_linear", precision)
     out: Tensor = torch.ops.pinet.routed_linear.default(
-        rows, weight, bias, ids, row_offsets, order, backend or ""
+        rows, weight, bias, ids, row_offsets, order, backend or "", precision
     )
     return out
 
@@ -190,13 +196,13 @@ _registry.register("routed_linear_backward", [_cpp.BACKWARD, _TRITON_BACKWARD, r
 
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "routed_linear(Tensor rows, Tensor weight, Tensor? bias, Tensor ids, SymInt[] row_offsets,"
-    " Tensor? order, str backend) -> Tensor"
+    " Tensor? order, str backend, str precision='ieee') -> Tensor"
 )
 # A list, because an op may not return None: what is wanted, in order.
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "routed_linear_backward(Tensor grad, Tensor rows, Tensor? weight, Tensor ids,"
     " SymInt[] row_offsets, Tensor? order, bool need_rows, bool need_weight, bool need_bias,"
-    " str backend) -> Tensor[]"
+    " str backend, str precision='ieee') -> Tensor[]"
 )
 
 
@@ -208,12 +214,13 @@ def _kernel(
     row_offsets: Sequence[int],
     order: Tensor | None,
     backend: str,
+    precision: str = "ieee",
 ) -> Tensor:
     # The choice is made here, not in the public function: see stratum_gram.
     inputs = (rows, weight, bias, ids, row_offsets, order)
     chosen = _registry.select("routed_linear", inputs, backend or None)
     out = rows.new_empty((rows.shape[0], weight.shape[1]))
-    without_graph(chosen.impl, *inputs, out)
+    without_graph(chosen.impl, *inputs, out, precision)
     _registry.record_call("routed_linear", chosen.name)
     return out
 
@@ -226,6 +233,7 @@ def _fake(
     row_offsets: Sequence[int],
     order: Tensor | None,
     backend: str,
+    precision: str = "ieee",
 ) -> Tensor:
     return rows.new_empty((rows.shape[0], weight.shape[1]))
 
@@ -241,11 +249,12 @@ def _backward_kernel(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     inputs = (grad, rows, weight, ids, row_offsets, order)
     chosen = _registry.select("routed_linear_backward", inputs, backend or None)
     outs = _gradients(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
-    without_graph(chosen.impl, *inputs, *outs)
+    without_graph(chosen.impl, *inputs, *outs, precision)
     _registry.record_call("routed_linear_backward", chosen.name)
     return [out for out in outs if out is not None]
 
@@ -261,6 +270,7 @@ def _backward_fake(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    precision: str = "ieee",
 ) -> list[Tensor]:
     outs = _gradients(grad, rows, len(row_offsets) - 1, need_rows, need_weight, need_bias)
     return [out for out in outs if out is not None]
@@ -278,9 +288,9 @@ def _gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, bias, ids, row_offsets, order, backend = inputs
+    rows, weight, bias, ids, row_offsets, order, ctx.backend, ctx.precision = inputs
     ctx.save_for_backward(rows, weight, ids, order)
-    ctx.row_offsets, ctx.backend, ctx.has_bias = row_offsets, backend, bias is not None
+    ctx.row_offsets, ctx.has_bias = row_offsets, bias is not None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -290,14 +300,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = iter(
         torch.ops.pinet.routed_linear_backward.default(
             grad, rows, weight if need_rows else None, ids, ctx.row_offsets, order,
-            need_rows, need_weight, need_bias, ctx.backend,
+            need_rows, need_weight, need_bias, ctx.backend, ctx.precision,
         )
     )  # fmt: skip
     return (
         next(found) if need_rows else None,
         next(found) if need_weight else None,
         next(found) if need_bias else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 

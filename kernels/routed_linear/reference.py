@@ -24,6 +24,7 @@ def routed_linear_reference(
     row_offsets: Sequence[int],
     order: Tensor | None,
     out: Tensor,
+    precision: str = "ieee",
 ) -> None:
     """Write ``out[i] = weight[ids[i]] rows[i] + bias[ids[i]]``; reads no value on the host.
 
@@ -35,6 +36,7 @@ def routed_linear_reference(
         row_offsets: Where the rows of each head are after sorting, H + 1 ints.
         order: The stable permutation that sorts ``ids``, int64 [N]; None where they are sorted.
         out: [N, D_out], fully written.
+        precision: Not looked at: no product is less precise than its dtype.
     """
     routed = rows if order is None else rows.index_select(0, order)
     outs = out if order is None else torch.empty_like(out)
@@ -56,6 +58,7 @@ def routed_linear_backward_reference(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    precision: str = "ieee",
 ) -> None:
     """Write the gradients that are wanted; reads no value on the host.
 
@@ -69,6 +72,7 @@ def routed_linear_backward_reference(
         grad_rows: [N, D_in], fully written, or None.
         grad_weight: [H, D_out, D_in], fully written, or None.
         grad_bias: [H, D_out], fully written, or None.
+        precision: As of the forward.
     """
     if grad_rows is not None:
         assert weight is not None

@@ -26,7 +26,7 @@ _LARGE = 128
 
 
 @triton.jit
-def _to_tf32(x):
+def to_tf32(x):
     """Return float32 rounded to the ten bits that tensor cores look at; NaN stays.
 
     They would drop the others, which is biased. And with operands changed in registers, sm_90
@@ -89,8 +89,8 @@ def _wgrad_kernel(
             b_x = b_x.to(tl.float32)
         b_a = b_g
         if PRECISION == "tf32":
-            b_a = _to_tf32(b_g)
-            b_x = _to_tf32(b_x)
+            b_a = to_tf32(b_g)
+            b_x = to_tf32(b_x)
         acc = tl.dot(tl.trans(b_a), b_x, acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc_bias += tl.sum(b_g.to(tl.float32), axis=0)
@@ -148,6 +148,11 @@ def bucket(wide, deep):
     return "large" if min(wide, deep) >= _LARGE else "small"
 
 
+def products_precision(dtype, precision):
+    """Return the precision that a kernel gets: only float32 has a choice."""
+    return precision if dtype is torch.float32 else "ieee"
+
+
 def config_dtype(dtype, precision):
     """Return the name of a dtype in the table of configs."""
     name = str(dtype).removeprefix("torch.")
@@ -187,6 +192,7 @@ def run(
             sums.run(grad, ids, grad_bias, reverse)
         return
     (strata, wide, deep), device = grad_weight.shape, grad.device
+    precision = products_precision(grad.dtype, precision)
     grad, rows = as_rows(grad), as_rows(rows)
     config = _configs.lookup(
         "stratified_linear_backward", device, config_dtype(grad.dtype, precision),

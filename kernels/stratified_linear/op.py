@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
-_PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 def stratified_linear_backward(
@@ -80,11 +79,8 @@ def stratified_linear_backward(
         ``cost(num_rows, wide, deep, num_strata, itemsize)``.
     """
     _check(grad, rows, weight, ids, row_offsets, order, need_rows)
-    if precision not in _PRECISIONS:
-        raise InputError(
-            f"stratified_linear_backward: precision: expected one of {', '.join(_PRECISIONS)}, got "
-            f"{precision!r}; leave it out for ieee"
-        )
+    if precision not in _tl.PRECISIONS:
+        raise _tl.precision_error("stratified_linear_backward", precision)
     outs = torch.ops.pinet.stratified_linear_backward.default(
         grad, rows, weight, ids, row_offsets, order, need_rows, need_weight, need_bias,
         backend or "", precision,

@@ -136,7 +136,7 @@ def test_tuner_in_the_interpreter(folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 8
     assert all(" us {" in line for line in lines)
     tuned = json.loads((folder / "stratum_gram.json").read_text())
     assert next(entry["source"] for entry in tuned) == "a test"

@@ -9,19 +9,24 @@ import sys
 
 import pytest
 
-DTYPES = ("bfloat16", "float16", "float32")
+# After a colon the precision of products; without one, ieee.
+FORMATS = ("bfloat16", "float16", "float32", "float32:tf32", "float32:tf32x3")
 SAMPLE = [
     ("forward", 90, "bfloat16", 64, True),
     ("forward", 90, "float32", 64, False),
     ("backward", 90, "bfloat16", 64, False),
     ("forward", 80, "float16", 64, True),
     ("forward", 100, "bfloat16", 256, True),
+    ("forward", 90, "float32:tf32", 64, False),
+    ("backward", 90, "float32:tf32", 64, True),
+    ("forward", 90, "float32:tf32x3", 64, True),
+    ("backward", 80, "float32:tf32x3", 64, False),
 ]
 EVERY = [
     (kind, arch, dtype, 64, has_order)
     for kind in ("forward", "backward")
     for arch in (80, 90, 100)
-    for dtype in DTYPES
+    for dtype in FORMATS
     for has_order in (False, True)
 ]
 MAX_REGISTERS = 168  # three blocks of 128 threads on a multiprocessor
@@ -48,20 +53,28 @@ def test_kernel_stays_within_its_budget(records, case):
 
 
 def compile_case(case):
+    import torch
     from compile_gate import compile_kernel, pointer
 
     from pinet_fast.kernels import _configs
     from pinet_fast.kernels.routed_linear import _triton
+    from pinet_fast.kernels.stratified_linear._triton import config_dtype
 
-    kind, arch, name, width, has_order = case
-    config = _configs.of_arch("routed_linear", f"sm_{arch}", name, "all")
+    kind, arch, dtype, width, has_order = case
+    name, _, precision = dtype.partition(":")
+    precision = precision or "ieee"
+    config = _configs.of_arch(
+        "routed_linear", f"sm_{arch}", config_dtype(getattr(torch, name), precision), "all"
+    )
     has_bias = kind == "forward"  # the backward has none, and weights are transposed
     names = ["out_ptr", "rows_ptr", "weight_ptr", *(["bias_ptr"] if has_bias else [])]
     pointers = {**dict.fromkeys(names, pointer(name)), "tasks_ptr": "*i64"}
     if has_order:
         pointers["order_ptr"] = "*i64"
     near, far = ("deep_stride", "wide_stride") if has_bias else ("wide_stride", "deep_stride")
-    options = _triton.launch_options(width, width, config, has_order, has_bias, upcast=False)
+    options = _triton.launch_options(
+        width, width, config, precision, has_order, has_bias, upcast=False
+    )
     return compile_kernel(
         _triton._routed_kernel,
         pointers,

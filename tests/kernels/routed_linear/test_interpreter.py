@@ -51,12 +51,12 @@ def assert_right(out, outs, case):
         assert ((got.double() - expected).abs() <= 2 * torch.finfo(dtype).eps * scale).all()
 
 
-def run(case, backend="triton"):
+def run(case, backend="triton", **options):
     from pinet_fast.kernels import routed_linear
 
     grad, *leaves, routes = case
     leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
-    out = routed_linear(*leaves, *routes, backend=backend)
+    out = routed_linear(*leaves, *routes, backend=backend, **options)
     out.backward(grad)
     rows, weight, bias = (None if x is None else x.grad for x in leaves)
     return out.detach(), [rows, weight, bias]
@@ -149,6 +149,74 @@ def check_bad_numbers_stay_and_heads_without_rows_get_zeros():
     weight[0] = torch.nan  # read by nobody
     out, _ = run((grad, rows, weight, bias, routes))
     assert out.isfinite().all()
+
+
+def launched_precisions(case, **options):
+    """Return the precision of every product that a forward and a backward launch."""
+    from pinet_fast.kernels.routed_linear import _triton
+    from pinet_fast.kernels.stratified_linear import _triton as by_stratum
+
+    seen = []
+
+    class Watched:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                seen.append(options["PRECISION"])
+                return self.kernel[grid](*arguments, **options)
+
+            return launch
+
+    kept = _triton._routed_kernel, by_stratum._wgrad_kernel
+    _triton._routed_kernel, by_stratum._wgrad_kernel = (Watched(kernel) for kernel in kept)
+    try:
+        run(case, **options)
+    finally:
+        _triton._routed_kernel, by_stratum._wgrad_kernel = kept
+    return seen
+
+
+def check_every_launch_has_the_precision_asked_for():
+    case = make_case(40, 6, 9, 3, False)
+    assert launched_precisions(case) == ["ieee"] * 3  # forward, rows' gradient, weights' gradient
+    for precision in ("ieee", "tf32", "tf32x3"):
+        assert launched_precisions(case, precision=precision) == [precision] * 3
+        for dtype in HALVES:  # their products have no choice
+            halves = make_case(40, 6, 9, 3, False, dtype)
+            assert launched_precisions(halves, precision=precision) == ["ieee"] * 3
+
+
+def check_tf32_rounds_to_the_nearest_of_ten_bits():
+    from routed_linear_cases import assert_close, gradient_oracle, rounding
+
+    case = make_case(200, 20, 24, 3, True)
+    grad, rows, weight, bias, routes = case
+    out, gradients = run(case, precision="tf32")
+
+    def rounded(x):
+        mantissa, exponent = torch.frexp(x.double())
+        kept = (mantissa.abs() * 2**11 + 0.5).floor()  # ties away from zero
+        return torch.ldexp(kept.copysign(x.double()), exponent - 11).float()
+
+    near = [rounded(x) for x in (grad, rows, weight)]
+    assert_close(out, *near[1:], bias, routes[0])
+    right = gradient_oracle(*near, routes[0])
+    size = gradient_oracle(*(x.abs() for x in near), routes[0])
+    for found, expected, scale in zip(gradients[:2], right, size, strict=False):
+        assert ((found.double() - expected).abs() <= rounding(torch.float32, 200) * scale).all()
+    exact = run(case, precision="tf32x3")
+    assert_right(*exact, case)
+    assert not torch.equal(out, exact[0])
+    assert not any(torch.equal(a, b) for a, b in zip(gradients[:2], exact[1][:2], strict=True))
+
+
+def check_an_unknown_precision_is_refused():
+    from pinet_fast.errors import InputError
+
+    with pytest.raises(InputError, match="precision: expected one of ieee, tf32, tf32x3, got 'x'"):
+        run(make_case(5, 2, 3, 2, True), precision="x")
 
 
 def check_what_is_unsupported_has_a_reason():

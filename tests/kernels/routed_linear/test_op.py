@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from routed_linear_cases import assert_close
@@ -13,6 +15,7 @@ op = torch.ops.pinet.routed_linear.default
 IDS = torch.tensor([0, 2, 2, 1])
 OFFSETS = (0, 1, 2, 4)
 ORDER = torch.tensor([0, 3, 1, 2])
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 ROWS, WEIGHT, BIAS = torch.randn(4, 3), torch.randn(3, 5, 3), torch.randn(3, 5)
 
 
@@ -26,13 +29,56 @@ def test_opcheck(backend, requires_grad):
             assert set(checks.values()) == {"SUCCESS"}
         checks = torch.library.opcheck(op, (*tensors[:2], None, IDS, OFFSETS, ORDER, backend))
         assert set(checks.values()) == {"SUCCESS"}
+    for precision in PRECISIONS:
+        checks = torch.library.opcheck(op, (*tensors, IDS, OFFSETS, ORDER, backend, precision))
+        assert set(checks.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("precision", [(), *((precision,) for precision in PRECISIONS)])
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, True)])
-def test_opcheck_of_the_backward(needs):
-    arguments = (torch.randn(4, 5), ROWS, WEIGHT, IDS, OFFSETS, ORDER, *needs, "")
+def test_opcheck_of_the_backward(needs, precision):
+    arguments = (torch.randn(4, 5), ROWS, WEIGHT, IDS, OFFSETS, ORDER, *needs, "", *precision)
     checks = torch.library.opcheck(torch.ops.pinet.routed_linear_backward.default, arguments)
     assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("engine", [None, "aot_eager"])
+@pytest.mark.parametrize("precision", [None, *PRECISIONS])
+def test_backward_has_the_precision_of_the_forward(precision, engine, monkeypatch):
+    seen = []
+    for name, num_arguments in (("routed_linear", 7), ("routed_linear_backward", 9)):
+        reference = _registry.backends(name)[-1]
+
+        def watched(*arguments, name=name, count=num_arguments, impl=reference.impl):
+            seen.append((name, *arguments[count:]))
+            impl(*arguments)
+
+        monkeypatch.setitem(_registry._ops, name, (replace(reference, impl=watched),))
+    rows = ROWS.clone().requires_grad_()
+    asked = {} if precision is None else {"precision": precision}
+
+    def forward(rows):
+        return routed_linear(rows, WEIGHT, BIAS, IDS, OFFSETS, ORDER, **asked)
+
+    if engine is not None:
+        forward = torch.compile(forward, fullgraph=True, backend=engine)
+    forward(rows).sum().backward()
+    torch._dynamo.reset()
+    expected = precision or "ieee"
+    assert seen == [("routed_linear", expected), ("routed_linear_backward", expected)]
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=pytest.mark.cpp)])
+@pytest.mark.parametrize("precision", PRECISIONS[1:])
+def test_backends_without_the_choice_ignore_the_precision(backend, precision):
+    if backend == "cpp" and (reason := library_refusal()):
+        pytest.skip(reason)
+    inputs = [t.clone().requires_grad_() for t in (ROWS, WEIGHT, BIAS)]
+    results = []
+    for options in ({}, {"precision": precision}):
+        out = routed_linear(*inputs, IDS, OFFSETS, ORDER, backend=backend, **options)
+        results.append((out, *torch.autograd.grad(out.sum(), inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=pytest.mark.cpp)])
@@ -57,7 +103,7 @@ def test_only_what_is_needed_is_computed(wanted, monkeypatch):
     (serving, *_) = [b for b in _registry.backends("routed_linear_backward") if b.probe() is None]
 
     def watched(*arguments):
-        seen.append([x is not None for x in arguments[6:]])
+        seen.append([x is not None for x in arguments[6:9]])
         impl(*arguments)
 
     monkeypatch.setitem(
@@ -160,6 +206,11 @@ def test_cost_is_that_of_one_layer():
         ({"row_offsets": (0, 3, 2, 4)}, r"row_offsets: .* got \[0, 3, 2, 4\]"),
         ({"row_offsets": (0, 4)}, "row_offsets: expected 4 ascending numbers from 0 to 4"),
         ({"row_offsets": ()}, "row_offsets: .*; count rows by head"),
+        (
+            {"precision": "tf16"},
+            "routed_linear: precision: expected one of ieee, tf32, tf32x3, got "
+            "'tf16'; leave it out for ieee",
+        ),
     ],
 )
 def test_bad_input_says_what_was_expected(change, message):

@@ -173,6 +173,24 @@ def check_tf32_rounds_to_the_nearest_of_ten_bits():
     assert outs[1][ids[7], 3].isnan().all()
 
 
+def check_precision_is_that_of_float32_alone():
+    from pinet_fast.kernels import stratified_linear_backward
+    from pinet_fast.kernels.stratified_linear import _triton
+
+    seen = []
+    launch_options = _triton.launch_options
+    _triton.launch_options = lambda *args, **kwargs: (
+        seen.append(args[3]) or launch_options(*args, **kwargs)
+    )
+    try:
+        for dtype in (torch.float32, *HALVES):
+            case = make(30, 6, 9, 3, True, dtype)
+            stratified_linear_backward(*case, precision="tf32", backend="triton")
+    finally:
+        _triton.launch_options = launch_options
+    assert seen == ["tf32", "ieee", "ieee"]  # a GPU cannot round 16 bits as it does float32
+
+
 def check_what_is_unsupported_has_a_reason():
     from pinet_fast.errors import BackendUnavailableError
     from pinet_fast.kernels import stratified_linear_backward

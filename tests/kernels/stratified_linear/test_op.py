@@ -106,6 +106,11 @@ def test_cost_is_that_of_one_backward():
         ({"row_offsets": (0, 3, 2, 4)}, r"row_offsets: .* got \[0, 3, 2, 4\]"),
         ({"row_offsets": (0, 3)}, r"row_offsets: expected S \+ 1 ascending numbers from 0 to 4"),
         ({"row_offsets": ()}, "row_offsets: .*; count rows by stratum"),
+        (
+            {"precision": "tf16"},
+            "stratified_linear_backward: precision: expected one of ieee, tf32, "
+            "tf32x3, got 'tf16'; leave it out for ieee",
+        ),
     ],
 )
 def test_bad_input_says_what_was_expected(change, message):
