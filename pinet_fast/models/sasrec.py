@@ -170,5 +170,5 @@ def _attended(qkv: Tensor, offsets: Tensor, num_heads: int, rate: float, max_len
     with rows_alone():
         num_events, width = qkv.shape
         heads = qkv.view(num_events, 3, num_heads, width // (3 * num_heads))
-        attended = ragged_attention(heads, offsets, dropout=rate, max_len=max_len)
+        attended: Tensor = ragged_attention(heads, offsets, dropout=rate, max_len=max_len)
         return attended.flatten(1)
