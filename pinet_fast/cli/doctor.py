@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 import pinet_fast
+from pinet_fast.aggregation.lane import refusal
 from pinet_fast.cli.console import Output, output
 from pinet_fast.data.floor import GatherSpeed, MemoryFloor
 from pinet_fast.kernels import backend_status
@@ -52,6 +53,7 @@ def _found() -> dict[str, Any]:
             name: {"serves": reason is None, "reason": reason}
             for name, reason in backend_status().items()
         },
+        "lane": {"serves": refusal() is None, "reason": refusal()},
         "gpu": torch.cuda.get_device_name() if gpu else None,
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -82,6 +84,8 @@ def _print(found: dict[str, Any], shown: Output) -> None:
     table.add_row("packages", others)
     for name, state in found["backends"].items():
         table.add_row(f"backend {name}", "serves" if state["serves"] else f"off: {state['reason']}")
+    lane = found["lane"]
+    table.add_row("compiled lane", "serves" if lane["serves"] else f"off: {lane['reason']}")
     table.add_row("GPU", found["gpu"] or "none that torch can use")
     table.add_row("threads", f"{found['cpu_count']} cores, torch uses {found['torch_threads']}")
     table.add_row("copy bandwidth", f"{found['copy_gb_per_s']:.1f} GB/s, one thread, cold values")

@@ -186,6 +186,7 @@ def test_doctor_measures(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["backends"]["reference"] == {"serves": True, "reason": None}
     assert all(state["serves"] or state["reason"] for state in found["backends"].values())
+    assert found["lane"]["serves"] or found["lane"]["reason"]
     assert 0.1 < found["copy_gb_per_s"] < 1000
     assert 0.5 < found["random_line_ns"] < 2000
     assert found["floor_ns_per_row"]["30"] < found["floor_ns_per_row"]["200"]
@@ -196,6 +197,7 @@ def test_doctor_measures(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "sampler floor" in shown
     assert "eta " in shown
+    assert "compiled lane" in shown
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
