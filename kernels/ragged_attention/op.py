@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pinet_fast.errors import InputError
 
@@ -70,9 +71,11 @@ def ragged_attention(
         max_len = int(offsets.diff().max()) if offsets.numel() > 1 else 0
     if dropout > 0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=qkv.device)
-    out: Tensor = torch.ops.pinet.ragged_attention.default(
-        qkv, offsets, max_len, dropout, seed if dropout > 0 else None, backend or ""
-    )[0]
+    arguments = qkv, offsets, max_len, dropout, seed if dropout > 0 else None, backend or ""
+    if _is_plain(qkv):
+        plain: Tensor = _apply(*arguments)  # type: ignore[no-untyped-call]
+        return plain
+    out: Tensor = torch.ops.pinet.ragged_attention.default(*arguments)[0]
     return out
 
 
@@ -213,6 +216,40 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad, qkv, offsets, ctx.max_len, ctx.dropout, seed, out, lse, ctx.backend
     )
     return (grad_qkv, None, None, None, None, None)
+
+
+class _Attention(torch.autograd.Function):
+    """The op with a backward of its own, without the dispatcher's: 100 us of Python a call."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out, lse = _kernel(*arguments)
+        qkv, offsets, ctx.max_len, ctx.dropout, seed, ctx.backend = arguments
+        ctx.save_for_backward(qkv, offsets, seed, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, offsets, seed, out, lse = ctx.saved_tensors
+        # The registered op refuses gradients of gradients.
+        refused = torch.is_grad_enabled()
+        run = torch.ops.pinet.ragged_attention_backward.default if refused else _backward_kernel
+        grad_qkv = run(grad, qkv, offsets, ctx.max_len, ctx.dropout, seed, out, lse, ctx.backend)
+        return grad_qkv, None, None, None, None, None
+
+
+_apply = super(torch.autograd.Function, _Attention).apply  # without its check for transforms
+
+
+def _is_plain(qkv: Tensor) -> bool:
+    """Return whether nobody looks on: compilers, dispatch modes, transforms, subclasses."""
+    return (
+        type(qkv) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and torch._C._functorch.maybe_current_level() is None
+        and qkv.device.type in ("cpu", "cuda")
+    )
 
 
 def _refuse(ctx: Any, grad: Tensor) -> None:

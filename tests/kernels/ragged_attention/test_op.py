@@ -3,11 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from ragged_attention_cases import assert_close, oracle
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pinet_fast.errors import BackendUnavailableError, InputError
 from pinet_fast.kernels import _registry, ragged_attention
 from pinet_fast.kernels._library import library_refusal
 from pinet_fast.kernels.ragged_attention import cost
+from pinet_fast.kernels.ragged_attention import op as attention_op
 
 op = torch.ops.pinet.ragged_attention.default
 OFFSETS = torch.tensor([0, 3, 3, 4, 9])
@@ -23,6 +25,35 @@ def test_opcheck(backend, requires_grad):
         for dropout in ((0.0, None), (0.5, SEED)):
             checks = torch.library.opcheck(op, (qkv, OFFSETS, 5, *dropout, backend))
             assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_plain_calls_are_the_op_without_the_dispatcher(monkeypatch, dropout):
+    results = []
+    for is_plain in (True, False):
+        qkv = QKV.clone().requires_grad_()
+        if not is_plain:
+            monkeypatch.setattr(attention_op, "_is_plain", lambda qkv: False)
+        out = ragged_attention(qkv, OFFSETS, dropout=dropout, seed=SEED, max_len=5)
+        assert ("_Attention" in type(out.grad_fn).__name__) == is_plain
+        (out * torch.arange(out.numel()).view_as(out)).sum().backward()
+        results.append((out, qkv.grad))
+    for plain, registered in zip(*results, strict=True):
+        assert torch.equal(plain, registered)
+
+
+def test_who_looks_on_sees_the_op():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    seen = []
+    with Names():
+        ragged_attention(QKV, OFFSETS, max_len=5)
+    assert "pinet::ragged_attention" in seen
+    fake = ragged_attention(QKV.to("meta"), OFFSETS.to("meta"), max_len=5)
+    assert fake.shape == (9, 2, 5)
 
 
 def test_opcheck_of_the_backward():
