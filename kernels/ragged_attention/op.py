@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from pinet_fast.errors import InputError
 
 from .. import _registry
-from .._library import NAMESPACE, without_graph
+from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def ragged_attention(
     if dropout > 0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=qkv.device)
     arguments = qkv, offsets, max_len, dropout, seed if dropout > 0 else None, backend or ""
-    if _is_plain(qkv):
+    if is_plain(qkv):
         plain: Tensor = _apply(*arguments)  # type: ignore[no-untyped-call]
         return plain
     out: Tensor = torch.ops.pinet.ragged_attention.default(*arguments)[0]
@@ -239,17 +238,6 @@ class _Attention(torch.autograd.Function):
 
 
 _apply = super(torch.autograd.Function, _Attention).apply  # without its check for transforms
-
-
-def _is_plain(qkv: Tensor) -> bool:
-    """Return whether nobody looks on: compilers, dispatch modes, transforms, subclasses."""
-    return (
-        type(qkv) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()
-        and torch._C._functorch.maybe_current_level() is None
-        and qkv.device.type in ("cpu", "cuda")
-    )
 
 
 def _refuse(ctx: Any, grad: Tensor) -> None:

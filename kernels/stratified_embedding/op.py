@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE, without_graph
+from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -74,9 +74,15 @@ def stratified_embedding_reduce(
             f"{num_strata} and {num_rows}; give the sizes of the leaf [S, V, ...]"
         )
     _check("stratified_embedding_reduce", ids, strata, grads, grads[0], grads[0].shape[1:])
-    return torch.ops.pinet.stratified_embedding_reduce.default(  # type: ignore[no-any-return]
+    run = (
+        _reduce_kernel
+        if is_plain(grads[0])
+        else torch.ops.pinet.stratified_embedding_reduce.default
+    )
+    found: tuple[Tensor, Tensor, Tensor] = run(
         ids, strata, grads, num_strata, num_rows, backend or ""
     )
+    return found
 
 
 def stratified_embedding_add(
@@ -117,7 +123,8 @@ def stratified_embedding_add(
             f"requires_grad={dense.requires_grad}; pass a gradient, cloned if it is expanded"
         )
     _check("stratified_embedding_add", ids, strata, grads, dense, dense.shape[2:])
-    torch.ops.pinet.stratified_embedding_add.default(dense, ids, strata, grads, backend or "")
+    run = _add_kernel if is_plain(dense) else torch.ops.pinet.stratified_embedding_add.default
+    run(dense, ids, strata, grads, backend or "")
 
 
 def cost(

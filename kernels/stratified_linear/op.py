@@ -10,7 +10,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE, without_graph
+from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def stratified_linear_backward(
     _check(grad, rows, weight, ids, row_offsets, order, need_rows)
     if precision not in _tl.PRECISIONS:
         raise _tl.precision_error("stratified_linear_backward", precision)
-    outs = torch.ops.pinet.stratified_linear_backward.default(
+    run = _kernel if is_plain(grad) else torch.ops.pinet.stratified_linear_backward.default
+    outs = run(
         grad, rows, weight, ids, row_offsets, order, need_rows, need_weight, need_bias,
         backend or "", precision,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE, without_graph
+from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ def stratified_norm_backward(
         ``cost(num_rows, width, num_strata, itemsize)``: each row is read once.
     """
     _check(grad, rows, mean, rstd, weight, ids, num_strata)
+    run = _kernel if is_plain(grad) else torch.ops.pinet.stratified_norm_backward.default
     found = iter(
-        torch.ops.pinet.stratified_norm_backward.default(
+        run(
             grad, rows, mean, rstd, weight, ids, num_strata, need_rows, need_weight, need_bias,
             backend or "",
         )

@@ -10,7 +10,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE, without_graph
+from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ def stratum_combine(
     adding = [accumulate] * count if isinstance(accumulate, bool) else list(accumulate)
     touched: list[Tensor | None] = [None] * count if rows is None else list(rows)
     _check(grads, weights, outs, scale, adding, touched)
-    torch.ops.pinet.stratum_combine.default(
-        grads, weights, outs, scale, adding, touched, backend or ""
-    )
+    is_direct = count > 0 and is_plain(outs[0])
+    run = _kernel if is_direct else torch.ops.pinet.stratum_combine.default
+    run(list(grads), weights, list(outs), scale, adding, touched, backend or "")
 
 
 def cost(

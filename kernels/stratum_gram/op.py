@@ -10,7 +10,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE, without_graph
+from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def stratum_gram(grads: Sequence[Tensor], *, backend: str | None = None) -> Tens
     """
     grads = list(grads)
     _check(grads)
-    return torch.ops.pinet.stratum_gram.default(grads, backend or "")  # type: ignore[no-any-return]
+    is_direct = len(grads) > 0 and is_plain(grads[0])
+    run = _kernel if is_direct else torch.ops.pinet.stratum_gram.default
+    gram: Tensor = run(grads, backend or "")
+    return gram
 
 
 def cost(shapes: Sequence[Sequence[int]], itemsize: int) -> tuple[int, int]:

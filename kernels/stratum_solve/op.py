@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE
+from .._library import NAMESPACE, is_plain
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def stratum_solve(
     """
     chosen = [True] * gram.shape[-1] if present is None and gram.dim() else list(present or ())
     _check(gram, rule, chosen, c, keys)
-    return torch.ops.pinet.stratum_solve.default(gram, rule, chosen, c, keys, backend or "")  # type: ignore[no-any-return]
+    run = _kernel if is_plain(gram) else torch.ops.pinet.stratum_solve.default
+    weights: Tensor = run(gram, rule, chosen, c, keys, backend or "")
+    return weights
 
 
 def cost(rule: str, num_grams: int, num_strata: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from pinet_fast.errors import InputError
 
 from .. import _registry, _tl
-from .._library import NAMESPACE, without_graph
+from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ def stratum_sums(
         ``cost(num_rows, width, num_strata, itemsize)``: each row is read once.
     """
     _check(rows, ids, num_strata)
-    return torch.ops.pinet.stratum_sums.default(  # type: ignore[no-any-return]
-        rows, ids, num_strata, backend or ""
-    )
+    run = _kernel if is_plain(rows) else torch.ops.pinet.stratum_sums.default
+    sums: Tensor = run(rows, ids, num_strata, backend or "")
+    return sums
 
 
 def cost(num_rows: int, width: int, num_strata: int, itemsize: int) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def test_plain_calls_are_the_op_without_the_dispatcher(monkeypatch, dropout):
     for is_plain in (True, False):
         qkv = QKV.clone().requires_grad_()
         if not is_plain:
-            monkeypatch.setattr(attention_op, "_is_plain", lambda qkv: False)
+            monkeypatch.setattr(attention_op, "is_plain", lambda qkv: False)
         out = ragged_attention(qkv, OFFSETS, dropout=dropout, seed=SEED, max_len=5)
         assert ("_Attention" in type(out.grad_fn).__name__) == is_plain
         (out * torch.arange(out.numel()).view_as(out)).sum().backward()
