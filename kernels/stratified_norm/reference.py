@@ -1,4 +1,4 @@
-"""The contract of ``stratified_norm_backward`` in plain PyTorch: any device and dtype, float64."""
+"""The contract of ``stratified_norm_backward`` in plain PyTorch: any device and dtype."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stratified_norm_backward_reference(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Write the gradients that are wanted; reads no value on the host.
+    """Write the gradients that are wanted; no value of a GPU is read on the host.
 
     Args:
         grad: Gradient of the outputs, [N, D] of any floating dtype and strides.
@@ -37,15 +37,21 @@ def stratified_norm_backward_reference(
         grad_weight: [S, D], fully written, or None.
         grad_bias: [S, D], fully written, or None.
     """
-    grad, rstd = grad.double(), rstd.double().unsqueeze(1)
-    normed = (rows.double() - mean.double().unsqueeze(1)) * rstd
-    if grad_rows is not None:
-        scaled = grad if weight is None else grad * weight.double()
-        # One sum of both: torch splits a sum with a single result among threads.
-        averages = torch.stack((scaled, scaled * normed)).sum(2, keepdim=True) / rows.shape[1]
-        grad_rows.copy_((scaled - averages[0] - normed * averages[1]) * rstd)
+    wide = torch.float32
+    for x in (grad, rows, mean, rstd, weight):
+        wide = wide if x is None else torch.promote_types(wide, x.dtype)
+    grad, rows = grad.to(wide), rows.to(wide)
+    # Without gaps: torch's backward gives other bits where there are some.
+    mean, rstd = (x.to(wide).contiguous().unsqueeze(1) for x in (mean, rstd))
+    weight = None if weight is None else weight.to(wide).contiguous()
+    if grad_rows is not None and rows.numel() > 0:
+        # The sums over rows are left out of torch's backward: they are by stratum here.
+        found, _, _ = torch.ops.aten.native_layer_norm_backward.default(
+            grad, rows, rows.shape[1:], mean, rstd, weight, None, [True, False, False]
+        )  # fmt: skip
+        grad_rows.copy_(found)
     if grad_weight is not None:
-        stratum_sums_reference(grad * normed, ids, grad_weight)
+        stratum_sums_reference((rows - mean).mul_(rstd).mul_(grad), ids, grad_weight)
     if grad_bias is not None:
         stratum_sums_reference(grad, ids, grad_bias)
 
