@@ -85,21 +85,22 @@ def _sum_wide(
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return rows, values in float32 at least, touched."""
-    entries = torch.cat(list(grads))
-    wide = torch.promote_types(entries.dtype, torch.float32)
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    row_shape = grads[0].shape[1:]
     rows, position = _distinct(torch.cat(list(ids)), num_rows)
     num_touched = rows.numel()
     place = torch.cat(list(strata)) * num_touched + position
-    values = entries.new_zeros((num_strata * num_touched, *entries.shape[1:]), dtype=wide)
-    if values.device.type == "cpu":
-        values.index_add_(0, place, entries.to(wide))  # in the order of the entries
-    else:
-        values.index_put_((place,), entries.to(wide), accumulate=True)  # sorts, so no atomics
+    values = grads[0].new_zeros((num_strata * num_touched, *row_shape), dtype=wide)
+    if values.device.type == "cpu":  # in the order of lists and entries
+        for part, grad in zip(place.split([len(grad) for grad in grads]), grads, strict=True):
+            values.index_add_(0, part, grad.to(wide))
+    else:  # sorts, so no atomics
+        values.index_put_((place,), torch.cat(list(grads)).to(wide), accumulate=True)
     touched = torch.zeros(num_strata * num_touched, dtype=torch.bool, device=place.device)
     touched.index_fill_(0, place, True)
     return (
         rows,
-        values.view(num_strata, num_touched, *entries.shape[1:]),
+        values.view(num_strata, num_touched, *row_shape),
         touched.view(num_strata, num_touched),
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 
 from .._registry import Backend
+from ..stratum_sums.reference import slice_sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _RUN = 64
-"""Products that are summed in their own dtype on a CPU; all above is summed in float64."""
+"""Products that are summed in their own dtype on a CPU; their sums are summed as rows are."""
+
+_SMALL = 1 << 14
+"""Columns of a parameter that is joined with others."""
 
 _ALIGNMENT = 64
 """Bytes; that of every tensor of torch's own."""
@@ -40,29 +45,29 @@ def stratum_gram_reference(grads: Sequence[Tensor], out: Tensor) -> None:
 def _by_runs(grads: Sequence[Tensor], out: Tensor) -> None:
     """Write the inner products on a CPU: matrix products of runs, which are then added."""
     strata = out.shape[1]
-    products: list[Tensor] = []  # [runs, S, S]
-    firsts, runs = [], 0
-    for grad in grads:
-        firsts.append(runs)
-        columns = grad.numel() // strata
-        if columns == 0:
-            continue
-        rows = grad.reshape(strata, columns).contiguous()
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if columns % _RUN or rows.data_ptr() % _ALIGNMENT:
+    padded = [_whole_runs(grad.reshape(strata, grad.numel() // strata)) for grad in grads]
+    # Most parameters are small: a copy of all of these costs less than a product of each.
+    groups: dict[torch.dtype | int, list[int]] = {}
+    for p, rows in enumerate(padded):
+        groups.setdefault(rows.dtype if rows.shape[1] <= _SMALL else p, []).append(p)
+    for group in groups.values():
+        rows = padded[group[0]]
+        if len(group) > 1 or rows.data_ptr() % _ALIGNMENT:
             # The last bits of a matrix product depend on where its operands lie.
-            rows = torch.nn.functional.pad(rows, (0, -columns % _RUN))
-        blocks = rows.view(strata, -1, _RUN).transpose(0, 1)
-        products.append(torch.bmm(blocks, blocks.mT).double())
-        runs += blocks.shape[0]
-    if runs == 0:
-        out.zero_()
-        return
-    # A bag is added by one thread; torch would split a sum among them, which changes the last bits.
-    sums = torch.embedding_bag(
-        torch.cat(products).flatten(1), torch.arange(runs), torch.tensor(firsts)
-    )
-    out.copy_(sums[0].view_as(out))
+            rows = torch.cat([padded[p] for p in group], dim=1)
+        blocks = rows.view(strata, rows.shape[1] // _RUN, _RUN).transpose(0, 1)
+        products = torch.bmm(blocks, blocks.mT)
+        sizes = (padded[p].shape[1] // _RUN for p in group)
+        sums = out.new_empty((len(group), strata * strata))
+        slice_sums(products.flatten(1), list(itertools.accumulate(sizes, initial=0)), None, sums)
+        out[group] = sums.view(-1, strata, strata)
+
+
+def _whole_runs(rows: Tensor) -> Tensor:
+    """Return rows [S, columns] in float32 at least, without gaps, zeros up to whole runs."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    columns = rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, -columns % _RUN)) if columns % _RUN else rows
 
 
 def by_products(grads: Sequence[Tensor], out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,7 @@ def stratum_sums_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
         out: [S, D] of any floating dtype, fully written.
     """
     if rows.device.type == "cpu":
-        order, row_offsets = _sorted(ids, out.shape[0])
-        slice_sums(rows, row_offsets, order, out)
+        slice_sums(rows, *slices(ids, out.shape[0]), out)
     else:
         masked_sums(rows, ids, out)
 
@@ -54,7 +54,32 @@ def masked_sums(rows: Tensor, ids: Tensor, out: Tensor) -> None:
         out[s].copy_(total)
 
 
-def slice_sums(rows: Tensor, row_offsets: Sequence[int], order: Tensor | None, out: Tensor) -> None:
+def slices(ids: Tensor, num_strata: int) -> tuple[list[int], Tensor | None]:
+    """Return where strata start in the order of the ids, and that order, on a CPU.
+
+    Args:
+        ids: int64 [N]; those out of ``0..S-1`` come before the first stratum or after the last.
+        num_strata: S.
+
+    Returns:
+        S + 1 ints; and the stable permutation that sorts the ids, int64 [N], None if they are
+        sorted.
+    """
+    order = None
+    ids = ids.contiguous()
+    if bool((ids[1:] < ids[:-1]).any()):
+        ids, order = ids.sort(stable=True)
+    bounds = torch.arange(num_strata + 1, device=ids.device)
+    return torch.searchsorted(ids, bounds).tolist(), order
+
+
+def slice_sums(
+    rows: Tensor,
+    row_offsets: Sequence[int],
+    order: Tensor | None,
+    out: Tensor,
+    factors: Tensor | None = None,
+) -> None:
     """Write the sums of consecutive rows on a CPU, in two passes of torch whatever S is.
 
     Every bag of ``embedding_bag`` is added row by row, by one thread and without a mask: the bits
@@ -65,31 +90,35 @@ def slice_sums(rows: Tensor, row_offsets: Sequence[int], order: Tensor | None, o
         row_offsets: S + 1 ints, ascending, in ``0..N``.
         order: Which row each place holds, int64 [N]; None for the rows as they are.
         out: [S, D] of any floating dtype, fully written.
+        factors: [N], of every row, of the dtype of the rows and that float32 at least; None for
+            ones.
     """
     first, last = row_offsets[0], row_offsets[-1]
     if first == last or rows.shape[1] == 0:
         out.zero_()
         return
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-    spans = list(itertools.pairwise(row_offsets))
-    places = torch.arange(first, last) if order is None else order[first:last]
-    starts = torch.cat([torch.arange(a - first, b - first, _RUN) for a, b in spans])
-    runs = torch.embedding_bag(rows, places, starts)[0].double()
-    counts = (-((a - b) // _RUN) for a, b in spans[:-1])  # rounded up
-    firsts = torch.tensor(list(itertools.accumulate(counts, initial=0)))
-    out.copy_(torch.embedding_bag(runs, torch.arange(runs.shape[0]), firsts)[0])
+    places, starts, firsts = _runs(tuple(row_offsets))
+    if order is not None:
+        places = order[first:last]
+    if factors is not None:
+        factors = factors[first:last] if order is None else factors.index_select(0, places)
+    runs = torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0].double()
+    out.copy_(torch.embedding_bag(runs, torch.arange(len(runs), device=rows.device), firsts)[0])
 
 
-def _sorted(ids: Tensor, num_strata: int) -> tuple[Tensor | None, list[int]]:
-    """Return the stable order that sorts the ids, None if they are sorted, and where strata start.
+@functools.lru_cache(maxsize=8)
+def _runs(row_offsets: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the places from first to last, which of them start a run, and strata's first runs.
 
-    Ids out of range come before the first stratum or after the last.
+    Every layer of a model asks for the same ones.
     """
-    order = None
-    ids = ids.contiguous()
-    if bool((ids[1:] < ids[:-1]).any()):
-        ids, order = ids.sort(stable=True)
-    return order, torch.searchsorted(ids, torch.arange(num_strata + 1)).tolist()
+    first = row_offsets[0]
+    spans = list(itertools.pairwise(row_offsets))
+    starts = [torch.arange(a - first, b - first, _RUN, device="cpu") for a, b in spans]
+    firsts = list(itertools.accumulate((len(part) for part in starts[:-1]), initial=0))
+    places = torch.arange(first, row_offsets[-1], device="cpu")
+    return places, torch.cat(starts), torch.tensor(firsts, device="cpu")
 
 
 BACKEND = Backend(
