@@ -92,7 +92,9 @@ def _sum_wide(
     place = torch.cat(list(strata)) * num_touched + position
     values = grads[0].new_zeros((num_strata * num_touched, *row_shape), dtype=wide)
     if values.device.type == "cpu":  # in the order of lists and entries
-        for part, grad in zip(place.split([len(grad) for grad in grads]), grads, strict=True):
+        for part, grad in zip(
+            torch.split(place, [len(grad) for grad in grads]), grads, strict=True
+        ):
             values.index_add_(0, part, grad.to(wide))
     else:  # sorts, so no atomics
         values.index_put_((place,), torch.cat(list(grads)).to(wide), accumulate=True)
@@ -108,7 +110,8 @@ def _sum_wide(
 def _distinct(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """Return the distinct ids, ascending, and where among them each id is."""
     if num_rows > _MAX_ROWS_AN_ID * ids.numel():
-        return torch.unique(ids, return_inverse=True)
+        rows, position = torch.unique(ids, return_inverse=True)
+        return rows, position
     marks = torch.zeros(num_rows, dtype=torch.int64, device=ids.device).index_fill_(0, ids, 1)
     return marks.nonzero().squeeze(1), (marks.cumsum(0) - 1).index_select(0, ids)
 
