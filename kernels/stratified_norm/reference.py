@@ -40,50 +40,44 @@ def stratified_norm_backward_reference(
     wide = torch.float32
     for x in (grad, rows, mean, rstd, weight):
         wide = wide if x is None else torch.promote_types(wide, x.dtype)
-    grad, rows = grad.to(wide), rows.to(wide)
-    # Without gaps: torch's backward gives other bits where there are some.
-    mean, rstd = (x.to(wide).contiguous().unsqueeze(1) for x in (mean, rstd))
-    weight = None if weight is None else weight.to(wide).contiguous()
-    spare = None
+    grad, centred = grad.to(wide), rows.to(wide) - mean.to(wide).unsqueeze(1)
+    rstd = rstd.to(wide).contiguous()
     if grad_rows is not None and rows.numel() > 0:
-        # The sums over rows are left out of torch's backward: they are by stratum here.
-        spare, _, _ = torch.ops.aten.native_layer_norm_backward.default(
-            grad, rows, rows.shape[1:], mean, rstd, weight, None, [True, False, False]
+        # torch folds mean into a product, which loses digits where rows lie far from 0; centred
+        # rows have none. Sums over rows are left out: here they are by stratum.
+        found, _, _ = torch.ops.aten.native_layer_norm_backward.default(
+            grad, centred, rows.shape[1:], torch.zeros_like(rstd).unsqueeze(1), rstd.unsqueeze(1),
+            None if weight is None else weight.to(wide).contiguous(), None, [True, False, False],
         )  # fmt: skip
-        grad_rows.copy_(spare)
-    if rows.device.type == "cpu":
-        _sums_on_cpu(grad, rows, mean, rstd, ids, spare, grad_weight, grad_bias)
-    else:
-        sums_anywhere(grad, rows, mean, rstd, ids, grad_weight, grad_bias)
+        grad_rows.copy_(found)
+    if grad_weight is None and grad_bias is None:
+        return
+    write = _sums_on_cpu if rows.device.type == "cpu" else sums_anywhere
+    write(grad, centred, rstd, ids, grad_weight, grad_bias)
 
 
 def _sums_on_cpu(
     grad: Tensor,
-    rows: Tensor,
-    mean: Tensor,
+    centred: Tensor,
     rstd: Tensor,
     ids: Tensor,
-    spare: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Write the gradients by stratum; ``spare``, if there is one, may be written over."""
+    """Write the gradients by stratum; ``centred`` is written over."""
     wanted = grad_bias if grad_weight is None else grad_weight
-    if wanted is None:
-        return
+    assert wanted is not None
     row_offsets, order = slices(ids, wanted.shape[0])
     if grad_weight is not None:
         # rstd belongs to whole rows, which are multiplied by it as they are added.
-        products = torch.sub(rows, mean, out=spare).mul_(grad)
-        slice_sums(products, row_offsets, order, grad_weight, rstd.squeeze(1))
+        slice_sums(centred.mul_(grad), row_offsets, order, grad_weight, rstd)
     if grad_bias is not None:
         slice_sums(grad, row_offsets, order, grad_bias)
 
 
 def sums_anywhere(
     grad: Tensor,
-    rows: Tensor,
-    mean: Tensor,
+    centred: Tensor,
     rstd: Tensor,
     ids: Tensor,
     grad_weight: Tensor | None,
@@ -93,15 +87,14 @@ def sums_anywhere(
 
     Args:
         grad: [N, D].
-        rows: [N, D].
-        mean: [N, 1].
-        rstd: [N, 1].
+        centred: Rows without their means, [N, D]; written over.
+        rstd: [N].
         ids: int64 [N] in ``0..S-1``.
         grad_weight: [S, D], fully written, or None.
         grad_bias: [S, D], fully written, or None.
     """
     if grad_weight is not None:
-        masked_sums((rows - mean).mul_(rstd).mul_(grad), ids, grad_weight)
+        masked_sums(centred.mul_(rstd.unsqueeze(1)).mul_(grad), ids, grad_weight)
     if grad_bias is not None:
         masked_sums(grad, ids, grad_bias)
 
