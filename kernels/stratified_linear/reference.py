@@ -51,9 +51,10 @@ def stratified_linear_backward_reference(
             order = None
         if grad_weight.dtype is not grad.dtype:  # of 16 bits, kept in 32
             grad, rows = grad.to(grad_weight.dtype), rows.to(grad_weight.dtype)
-        spans = itertools.pairwise(row_offsets)
-        for out, (a, b) in zip(grad_weight, spans, strict=True):
-            torch.mm(grad[a:b].t(), rows[a:b], out=out)
+        sizes = [b - a for a, b in itertools.pairwise(row_offsets)]
+        parts = torch.split(grad.t(), sizes, dim=1), torch.split(rows, sizes)
+        for out, grads, inputs in zip(grad_weight.unbind(0), *parts, strict=True):
+            torch.mm(grads, inputs, out=out)
     if grad_bias is not None:
         if grad.device.type == "cpu":
             slice_sums(grad, row_offsets, order, grad_bias)

@@ -98,27 +98,28 @@ def slice_sums(
         out.zero_()
         return
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-    places, starts, firsts = _runs(tuple(row_offsets))
+    places, starts, runs, firsts = _runs(tuple(row_offsets))
     if order is not None:
         places = order[first:last]
     if factors is not None:
         factors = factors[first:last] if order is None else factors.index_select(0, places)
-    runs = torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0].double()
-    out.copy_(torch.embedding_bag(runs, torch.arange(len(runs), device=rows.device), firsts)[0])
+    sums = torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0].double()
+    out.copy_(torch.embedding_bag(sums, runs, firsts)[0])
 
 
 @functools.lru_cache(maxsize=8)
-def _runs(row_offsets: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the places from first to last, which of them start a run, and strata's first runs.
+def _runs(row_offsets: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return places from first to last, which start a run, the runs, and strata's first ones.
 
     Every layer of a model asks for the same ones.
     """
     first = row_offsets[0]
     spans = list(itertools.pairwise(row_offsets))
-    starts = [torch.arange(a - first, b - first, _RUN, device="cpu") for a, b in spans]
-    firsts = list(itertools.accumulate((len(part) for part in starts[:-1]), initial=0))
+    parts = [torch.arange(a - first, b - first, _RUN, device="cpu") for a, b in spans]
+    firsts = list(itertools.accumulate((len(part) for part in parts), initial=0))
     places = torch.arange(first, row_offsets[-1], device="cpu")
-    return places, torch.cat(starts), torch.tensor(firsts, device="cpu")
+    runs = torch.arange(firsts.pop(), device="cpu")
+    return places, torch.cat(parts), runs, torch.tensor(firsts, device="cpu")
 
 
 BACKEND = Backend(
