@@ -61,7 +61,7 @@ def _by_weights(
                 out.zero_()
             continue
         is_sum = touched is None and not accumulate[p] and out.dtype is wide
-        total = out if is_sum else torch.empty(parts[0].shape, dtype=wide)
+        total = out if is_sum else torch.empty_like(parts[0], dtype=wide)
         first, *others = terms
         torch.mul(first[1].to(wide), first[0], out=total)
         for factor, part in others:
