@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pinet_fast import GradientAggregator, RaggedBatch, SASRec, StrataIndex
+from pinet_fast.kernels import _registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,20 +66,10 @@ def check_gradient(batch: RaggedBatch, loss: str, rule: str) -> None:
         assert float(p.grad.abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("num_strata", [4, 8])
-@pytest.mark.parametrize(
-    ("rule", "loss"),
-    [
-        ("backdoor", "bce"), ("agreement", "bce"), ("balanced", "bce"), ("mgda", "bce"),
-        ("backdoor", "ce"), ("agreement", "ce"),
-    ],
-)  # fmt: skip
-def test_aggregated_step(
-    rule: str, loss: str, num_strata: int, paired: Callable[..., Any], benchmark: Any
-) -> None:
-    benchmark.group = "step"
-    batch = full_batch(num_strata)
-    check_gradient(batch, loss, rule)
+def steps(
+    batch: RaggedBatch, loss: str, rule: str
+) -> tuple[Callable[[], None], Callable[[], None], GradientAggregator]:
+    """Return an aggregated step, a plain one, and the former's wrapper."""
     plain_model, model = make(loss), make(loss)
     plain_opt = torch.optim.Adam(plain_model.parameters())
     opt = GradientAggregator(torch.optim.Adam(model.parameters()), rule)
@@ -95,7 +86,55 @@ def test_aggregated_step(
         opt.backward(losses)
         opt.step()
 
+    return aggregated, plain, opt
+
+
+@pytest.mark.parametrize("num_strata", [4, 8])
+@pytest.mark.parametrize(
+    ("rule", "loss"),
+    [
+        ("backdoor", "bce"), ("agreement", "bce"), ("balanced", "bce"), ("mgda", "bce"),
+        ("backdoor", "ce"), ("agreement", "ce"),
+    ],
+)  # fmt: skip
+def test_aggregated_step(
+    rule: str, loss: str, num_strata: int, paired: Callable[..., Any], benchmark: Any
+) -> None:
+    benchmark.group = "step"
+    batch = full_batch(num_strata)
+    check_gradient(batch, loss, rule)
+    aggregated, plain, opt = steps(batch, loss, rule)
     result = paired(aggregated, plain)
     assert result.ratio > 0
     if rule != "backdoor":
         assert opt.report.leak == "proven"
+
+
+@pytest.mark.parametrize("num_strata", [4, 8])
+@pytest.mark.parametrize("rule", ["agreement", "balanced", "mgda"])
+@pytest.mark.parametrize("ops", ["all", "aggregation"])
+def test_aggregated_step_of_the_reference_backend(
+    ops: str,
+    rule: str,
+    num_strata: int,
+    paired: Callable[..., Any],
+    benchmark: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without compiled kernels, as ``PINET_FAST_BACKEND=reference`` has it, BCE.
+
+    Both steps call ``ragged_attention``. With ``ops="all"`` it is the reference's in both, which
+    makes both slower; with ``"aggregation"`` both have the default one, and the reference serves
+    what the plain step does not call.
+    """
+    benchmark.group = "step"
+    for op in _registry.ops():
+        if ops == "all" or not op.startswith("ragged_attention"):
+            monkeypatch.setitem(_registry._ops, op, _registry.backends(op)[-1:])
+            assert [backend.name for backend in _registry.backends(op)] == ["reference"]
+    batch = full_batch(num_strata)
+    check_gradient(batch, "bce", rule)
+    aggregated, plain, opt = steps(batch, "bce", rule)
+    result = paired(aggregated, plain)
+    assert result.ratio > 0
+    assert opt.report.leak == "proven"

@@ -18,7 +18,8 @@ def keep_freed_memory() -> None:
     and pays for it again, thousands of page faults a step, or not, by the accident of what lies on
     top. Freeing one block just under glibc's limit of 32 MiB raises the threshold for good, as any
     model with tensors of that size does by itself. The block is never touched. Other allocators
-    take no notice.
+    take no notice, and neither does glibc where the environment sets one of its thresholds
+    (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``, ``GLIBC_TUNABLES``): those stay.
     """
     block = torch.empty(_JUST_UNDER_LIMIT, dtype=torch.uint8, device="cpu")
     del block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -46,3 +47,25 @@ def test_freed_memory_stays_with_the_process() -> None:
     before, after = map(int, done.stdout.split())
     assert before > 30e6  # what the function is for
     assert after == 0
+
+
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other allocators have thresholds of their own"
+)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"MALLOC_TRIM_THRESHOLD_": "131072"},
+        {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"},
+    ],
+)
+def test_thresholds_of_the_environment_stay(asked: dict[str, str]) -> None:
+    """Whoever sets one, to see what a step needs for example, finds it obeyed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={**os.environ, **asked}, capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    before, after = map(int, done.stdout.split())
+    assert before > 30e6
+    assert after > 30e6

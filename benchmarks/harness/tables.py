@@ -55,16 +55,26 @@ def one(run: Run, test: str) -> Result | None:
 def step(run: Run) -> str:
     """Cost of an aggregated step over a plain one, by rule, loss and number of strata."""
     found = find(run, "test_aggregated_step")
+    found += find(run, "test_aggregated_step_of_the_reference_backend")
     strata = sorted({r["params"]["num_strata"] for r in found})
-    kinds = list(dict.fromkeys((r["params"]["rule"], r["params"]["loss"]) for r in found))
     rows = []
-    for rule, loss in kinds:
-        by_strata = {
-            r["params"]["num_strata"]: r for r in found
-            if (r["params"]["rule"], r["params"]["loss"]) == (rule, loss)
-        }  # fmt: skip
-        rows.append([f"`{rule}`", loss.upper(), *(span(by_strata.get(s)) for s in strata)])
+    for rule, loss in dict.fromkeys(map(_kind, found)):
+        by_strata = {r["params"]["num_strata"]: r for r in found if _kind(r) == (rule, loss)}
+        rows.append([rule, loss, *(span(by_strata.get(s)) for s in strata)])
     return grid(["rule", "loss", *(f"S = {s}" for s in strata)], rows)
+
+
+_OF_REFERENCE = {
+    "all": ", reference backend",
+    "aggregation": ", reference backend but for attention",
+}
+
+
+def _kind(result: Result) -> tuple[str, str]:
+    """Return the rule and the loss of a step, as they are shown."""
+    params = result["params"]
+    backend = _OF_REFERENCE[params["ops"]] if "ops" in params else ""
+    return f"`{params['rule']}`{backend}", params.get("loss", "bce").upper()
 
 
 def peers(run: Run) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .._registry import Backend
-from ..stratum_sums.reference import stratum_sums_reference
+from ..stratum_sums.reference import masked_sums, slice_sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,13 +48,18 @@ def stratified_linear_backward_reference(
     if grad_weight is not None:
         if order is not None:
             grad, rows, ids = (x.index_select(0, order) for x in (grad, rows, ids))
+            order = None
         if grad_weight.dtype is not grad.dtype:  # of 16 bits, kept in 32
             grad, rows = grad.to(grad_weight.dtype), rows.to(grad_weight.dtype)
-        spans = itertools.pairwise(row_offsets)
-        for out, (a, b) in zip(grad_weight, spans, strict=True):
-            torch.mm(grad[a:b].t(), rows[a:b], out=out)
+        sizes = [b - a for a, b in itertools.pairwise(row_offsets)]
+        parts = torch.split(grad.t(), sizes, dim=1), torch.split(rows, sizes)
+        for out, grads, inputs in zip(grad_weight.unbind(0), *parts, strict=True):
+            torch.mm(grads, inputs, out=out)
     if grad_bias is not None:
-        stratum_sums_reference(grad, ids, grad_bias)
+        if grad.device.type == "cpu":
+            slice_sums(grad, row_offsets, order, grad_bias)
+        else:
+            masked_sums(grad, ids, grad_bias)
 
 
 BACKEND = Backend(

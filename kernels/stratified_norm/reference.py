@@ -1,4 +1,4 @@
-"""The contract of ``stratified_norm_backward`` in plain PyTorch: any device and dtype, float64."""
+"""The contract of ``stratified_norm_backward`` in plain PyTorch: any device and dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .._registry import Backend
-from ..stratum_sums.reference import stratum_sums_reference
+from ..stratum_sums.reference import masked_sums, slice_sums, slices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ def stratified_norm_backward_reference(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Write the gradients that are wanted; reads no value on the host.
+    """Write the gradients that are wanted; no value of a GPU is read on the host.
 
     Args:
         grad: Gradient of the outputs, [N, D] of any floating dtype and strides.
@@ -37,17 +37,66 @@ def stratified_norm_backward_reference(
         grad_weight: [S, D], fully written, or None.
         grad_bias: [S, D], fully written, or None.
     """
-    grad, rstd = grad.double(), rstd.double().unsqueeze(1)
-    normed = (rows.double() - mean.double().unsqueeze(1)) * rstd
-    if grad_rows is not None:
-        scaled = grad if weight is None else grad * weight.double()
-        # One sum of both: torch splits a sum with a single result among threads.
-        averages = torch.stack((scaled, scaled * normed)).sum(2, keepdim=True) / rows.shape[1]
-        grad_rows.copy_((scaled - averages[0] - normed * averages[1]) * rstd)
+    wide = torch.float32
+    for x in (grad, rows, mean, rstd, weight):
+        wide = wide if x is None else torch.promote_types(wide, x.dtype)
+    grad, centred = grad.to(wide), rows.to(wide) - mean.to(wide).unsqueeze(1)
+    rstd = rstd.to(wide).contiguous()
+    if grad_rows is not None and rows.numel() > 0:
+        # torch folds mean into a product, which loses digits where rows lie far from 0; centred
+        # rows have none. Sums over rows are left out: here they are by stratum.
+        found, _, _ = torch.ops.aten.native_layer_norm_backward.default(
+            grad, centred, rows.shape[1:], torch.zeros_like(rstd).unsqueeze(1), rstd.unsqueeze(1),
+            None if weight is None else weight.to(wide).contiguous(), None, [True, False, False],
+        )  # fmt: skip
+        grad_rows.copy_(found)
+    if grad_weight is None and grad_bias is None:
+        return
+    write = _sums_on_cpu if rows.device.type == "cpu" else sums_anywhere
+    write(grad, centred, rstd, ids, grad_weight, grad_bias)
+
+
+def _sums_on_cpu(
+    grad: Tensor,
+    centred: Tensor,
+    rstd: Tensor,
+    ids: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Write the gradients by stratum; ``centred`` is written over."""
+    wanted = grad_bias if grad_weight is None else grad_weight
+    assert wanted is not None
+    row_offsets, order = slices(ids, wanted.shape[0])
     if grad_weight is not None:
-        stratum_sums_reference(grad * normed, ids, grad_weight)
+        # rstd belongs to whole rows, which are multiplied by it as they are added.
+        slice_sums(centred.mul_(grad), row_offsets, order, grad_weight, rstd)
     if grad_bias is not None:
-        stratum_sums_reference(grad, ids, grad_bias)
+        slice_sums(grad, row_offsets, order, grad_bias)
+
+
+def sums_anywhere(
+    grad: Tensor,
+    centred: Tensor,
+    rstd: Tensor,
+    ids: Tensor,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Write the gradients by stratum on any device; reads no value on the host.
+
+    Args:
+        grad: [N, D].
+        centred: Rows without their means, [N, D]; written over.
+        rstd: [N].
+        ids: int64 [N] in ``0..S-1``.
+        grad_weight: [S, D], fully written, or None.
+        grad_bias: [S, D], fully written, or None.
+    """
+    if grad_weight is not None:
+        masked_sums(centred.mul_(rstd.unsqueeze(1)).mul_(grad), ids, grad_weight)
+    if grad_bias is not None:
+        masked_sums(grad, ids, grad_bias)
 
 
 BACKEND = Backend(

@@ -1,4 +1,4 @@
-"""The contract of ``stratum_combine`` in plain PyTorch: any device, any dtype, float64."""
+"""The contract of ``stratum_combine`` in plain PyTorch: any device, any dtype."""
 
 from __future__ import annotations
 
@@ -34,6 +34,64 @@ def stratum_combine_reference(
     """
     if scale is not None:
         weights = torch.where(weights == 0, 0.0, weights * scale)
+    if weights.device.type == "cpu":
+        _by_weights(grads, weights, outs, accumulate, rows)
+    else:
+        by_masks(grads, weights, outs, accumulate, rows)
+
+
+def _by_weights(
+    grads: Sequence[Tensor],
+    weights: Tensor,
+    outs: Sequence[Tensor],
+    accumulate: Sequence[bool],
+    rows: Sequence[Tensor | None],
+) -> None:
+    """Combine on a CPU, where weights may be looked at: strata without weight are left out."""
+    exact = weights.tolist()
+    # What is 0 or infinite only in float32 is a weight, and a product with it is no error.
+    narrow = weights.float().tolist()
+    for p, (grad, out, touched) in enumerate(zip(grads, outs, rows, strict=True)):
+        wide = torch.promote_types(torch.promote_types(grad.dtype, out.dtype), torch.float32)
+        factors = exact[p] if wide is torch.float64 else narrow[p]
+        parts = grad.unbind(0)
+        terms = [(f, part) for w, f, part in zip(exact[p], factors, parts, strict=True) if w != 0]
+        if not terms:
+            if not accumulate[p]:
+                out.zero_()
+            continue
+        is_sum = touched is None and not accumulate[p] and out.dtype is wide
+        total = out if is_sum else torch.empty_like(parts[0], dtype=wide)
+        first, *others = terms
+        torch.mul(first[1].to(wide), first[0], out=total)
+        for factor, part in others:
+            total.add_(part.to(wide), alpha=factor)
+        if is_sum:
+            continue
+        if touched is None:
+            out.copy_(out.to(wide).add_(total) if accumulate[p] else total)
+        elif accumulate[p]:
+            out.index_copy_(0, touched, (out.index_select(0, touched) + total).to(out.dtype))
+        else:
+            out.zero_().index_copy_(0, touched, total.to(out.dtype))
+
+
+def by_masks(
+    grads: Sequence[Tensor],
+    weights: Tensor,
+    outs: Sequence[Tensor],
+    accumulate: Sequence[bool],
+    rows: Sequence[Tensor | None],
+) -> None:
+    """Combine on any device, in float64; reads no value on the host.
+
+    Args:
+        grads: P tensors [S, ...], or [S, U, ...] with ``rows``.
+        weights: [P, S] float64.
+        outs: P tensors [...], or [V, ...] with ``rows``; fully written, or added to.
+        accumulate: P choices: add.
+        rows: int64 [U], or None, of every parameter.
+    """
     for grad, row, out, add, touched in zip(grads, weights, outs, accumulate, rows, strict=True):
         total = torch.zeros(grad.shape[1:], dtype=torch.float64, device=out.device)
         for weight, part in zip(row, grad, strict=True):

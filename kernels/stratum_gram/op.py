@@ -43,7 +43,7 @@ def stratum_gram(grads: Sequence[Tensor], *, backend: str | None = None) -> Tens
 
     Numerics:
         Float32 products are summed in float32 over short runs, runs in float64; float64 stays
-        float64. The reference is float64 throughout. Every backend is bitwise deterministic, for
+        float64. Every backend is bitwise deterministic, for
         any number of threads. A NaN or an infinity reaches the row and the column of its stratum,
         nothing else. Empty slices give zeros.
 

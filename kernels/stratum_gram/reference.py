@@ -1,19 +1,31 @@
-"""The contract of ``stratum_gram`` in plain PyTorch: any device, any dtype, float64."""
+"""The contract of ``stratum_gram`` in plain PyTorch: any device, any dtype."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
+import torch
+
 from .._registry import Backend
+from ..stratum_sums.reference import slice_sums
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-# torch splits a sum of 32768 numbers or more among threads, which changes the last bits.
-_MAX_PRODUCTS_ON_CPU = 32767
+_RUN = 64
+"""Products that are summed in their own dtype on a CPU; their sums are summed as rows are."""
+
+_SMALL = 1 << 14
+"""Columns of a parameter that is joined with others."""
+
+_ALIGNMENT = 64
+"""Bytes; that of every tensor of torch's own."""
+
 _MAX_PRODUCTS = 1 << 24
+"""Products that are held at once elsewhere."""
 
 
 def stratum_gram_reference(grads: Sequence[Tensor], out: Tensor) -> None:
@@ -23,17 +35,56 @@ def stratum_gram_reference(grads: Sequence[Tensor], out: Tensor) -> None:
         grads: P tensors [S, ...] of any floating dtype and strides.
         out: [P, S, S] float64, fully written.
     """
+    if out.device.type == "cpu":
+        _by_runs(grads, out)
+    else:
+        by_products(grads, out)
+    out.copy_(out.triu() + out.triu(1).mT)
+
+
+def _by_runs(grads: Sequence[Tensor], out: Tensor) -> None:
+    """Write the inner products on a CPU: matrix products of runs, which are then added."""
     strata = out.shape[1]
-    products = _MAX_PRODUCTS_ON_CPU if out.device.type == "cpu" else _MAX_PRODUCTS
-    width = max(products // strata**2, 1)
+    padded = [_whole_runs(grad.reshape(strata, grad.numel() // strata)) for grad in grads]
+    # Most parameters are small: a copy of all of these costs less than a product of each.
+    groups: dict[torch.dtype | int, list[int]] = {}
+    for p, rows in enumerate(padded):
+        groups.setdefault(rows.dtype if rows.shape[1] <= _SMALL else p, []).append(p)
+    for group in groups.values():
+        rows = padded[group[0]]
+        if len(group) > 1 or rows.data_ptr() % _ALIGNMENT:
+            # The last bits of a matrix product depend on where its operands lie.
+            rows = torch.cat([padded[p] for p in group], dim=1)
+        blocks = rows.view(strata, rows.shape[1] // _RUN, _RUN).transpose(0, 1)
+        products = torch.bmm(blocks, blocks.mT)
+        sizes = (padded[p].shape[1] // _RUN for p in group)
+        sums = out.new_empty((len(group), strata * strata))
+        slice_sums(products.flatten(1), list(itertools.accumulate(sizes, initial=0)), None, sums)
+        out[group] = sums.view(-1, strata, strata)
+
+
+def _whole_runs(rows: Tensor) -> Tensor:
+    """Return rows [S, columns] in float32 at least, without gaps, zeros up to whole runs."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    columns = rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, -columns % _RUN)) if columns % _RUN else rows
+
+
+def by_products(grads: Sequence[Tensor], out: Tensor) -> None:
+    """Write the inner products on any device, every product and sum in float64.
+
+    Args:
+        grads: P tensors [S, ...] of any floating dtype and strides.
+        out: [P, S, S] float64, fully written.
+    """
+    strata = out.shape[1]
+    width = max(_MAX_PRODUCTS // strata**2, 1)
     out.zero_()
     for grad, gram in zip(grads, out, strict=True):
         slices = grad.reshape(strata, grad.numel() // strata)
         for start in range(0, slices.shape[1], width):
             rows = slices[:, start : start + width].double()
-            # Not a matrix product, which may mix strata by multiplying a NaN with zero.
             gram += (rows[:, None] * rows).sum(2)
-        gram.copy_(gram.triu() + gram.triu(1).mT)
 
 
 BACKEND = Backend(

@@ -32,18 +32,19 @@ def minimise(gram: Tensor) -> Tensor:
     w = torch.full_like(gram[..., 0], 1 / gram.shape[-1])
     gradient = gram.mean(-1)
     z = gradient - gradient.amin(-1, keepdim=True) + 1  # duals of w >= 0
+    right = torch.ones((*w.shape, 2), dtype=w.dtype, device=w.device)
     for _ in range(_ITERATIONS):
-        gap = (_CENTRING * (w * z).mean(-1, keepdim=True)).clamp_min(_FLOOR)
-        target = gap / w
-        gradient = (gram @ w.unsqueeze(-1)).squeeze(-1)
-        right = torch.stack([torch.ones_like(w), target - gradient], dim=-1)
-        solved, _ = torch.linalg.solve_ex(gram + torch.diag_embed(z / w), right)
-        ones, free = solved.unbind(-1)
-        level = free.sum(-1, keepdim=True) / ones.sum(-1, keepdim=True)
+        gap = ((w * z).mean(-1, keepdim=True) * _CENTRING).clamp_min(_FLOOR)
+        target, slope = gap / w, z / w
+        right[..., 1] = target - (gram @ w.unsqueeze(-1)).squeeze(-1)
+        matrix = gram.clone()
+        matrix.diagonal(dim1=-2, dim2=-1).add_(slope)
+        ones, free = torch.linalg.solve_ex(matrix, right)[0].unbind(-1)
         # `free` is the step that ignores sum(w) = 1; `level` is the multiplier of that constraint.
-        dw = free - level * ones
-        dz = target - z - (z / w) * dw
-        shrink = torch.cat([-dw / w, -dz / z], dim=-1).amax(-1, keepdim=True)
+        level = free.sum(-1, keepdim=True) / ones.sum(-1, keepdim=True)
+        dw = torch.addcmul(free, level, ones, value=-1)
+        dz = torch.addcmul(target - z, slope, dw, value=-1)
+        shrink = -torch.minimum(dw / w, dz / z).amin(-1, keepdim=True)
         step = _TO_BOUNDARY / shrink.clamp_min(_TO_BOUNDARY)
-        w, z = w + step * dw, z + step * dz
+        w, z = torch.addcmul(w, step, dw), torch.addcmul(z, step, dz)
     return w / w.sum(-1, keepdim=True)

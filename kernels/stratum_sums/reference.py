@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,23 +11,40 @@ import torch
 from .._registry import Backend
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-# torch splits a sum of 32768 numbers or more among threads, which changes the last bits.
-_MAX_ELEMENTS_ON_CPU = 32767
+_RUN = 32
+"""Rows that are summed in their own dtype on a CPU; all above is summed in float64."""
+
 _MAX_ELEMENTS = 1 << 24
+"""Elements that are held at once elsewhere."""
 
 
 def stratum_sums_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
-    """Write ``out[s] = sum of the rows of stratum s``; reads no value on the host.
+    """Write ``out[s] = sum of the rows of stratum s``; no value of a GPU is read on the host.
 
     Args:
         rows: [N, D] of any floating dtype and strides.
         ids: int64 [N] in ``0..S-1``.
         out: [S, D] of any floating dtype, fully written.
     """
-    elements = _MAX_ELEMENTS_ON_CPU if rows.device.type == "cpu" else _MAX_ELEMENTS
-    height = max(elements // max(rows.shape[1], 1), 1)
+    if rows.device.type == "cpu":
+        slice_sums(rows, *slices(ids, out.shape[0]), out)
+    else:
+        masked_sums(rows, ids, out)
+
+
+def masked_sums(rows: Tensor, ids: Tensor, out: Tensor) -> None:
+    """Write the sums on any device, by S passes over the rows; reads no value on the host.
+
+    Args:
+        rows: [N, D] of any floating dtype and strides.
+        ids: int64 [N]; rows of ids out of ``0..S-1`` count nowhere.
+        out: [S, D] of any floating dtype, fully written.
+    """
+    height = max(_MAX_ELEMENTS // max(rows.shape[1], 1), 1)
     for s in range(out.shape[0]):
         total = torch.zeros(out.shape[1:], dtype=torch.float64, device=out.device)
         for start in range(0, rows.shape[0], height):
@@ -33,6 +52,74 @@ def stratum_sums_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
             # Not a product with a mask or a matrix: 0 * NaN would spread to other strata.
             total += torch.where((where == s).unsqueeze(1), part.double(), 0.0).sum(0)
         out[s].copy_(total)
+
+
+def slices(ids: Tensor, num_strata: int) -> tuple[list[int], Tensor | None]:
+    """Return where strata start in the order of the ids, and that order, on a CPU.
+
+    Args:
+        ids: int64 [N]; those out of ``0..S-1`` come before the first stratum or after the last.
+        num_strata: S.
+
+    Returns:
+        S + 1 ints; and the stable permutation that sorts the ids, int64 [N], None if they are
+        sorted.
+    """
+    order = None
+    ids = ids.contiguous()
+    if bool((ids[1:] < ids[:-1]).any()):
+        ids, order = ids.sort(stable=True)
+    bounds = torch.arange(num_strata + 1, device=ids.device)
+    return torch.searchsorted(ids, bounds).tolist(), order
+
+
+def slice_sums(
+    rows: Tensor,
+    row_offsets: Sequence[int],
+    order: Tensor | None,
+    out: Tensor,
+    factors: Tensor | None = None,
+) -> None:
+    """Write the sums of consecutive rows on a CPU, in two passes of torch whatever S is.
+
+    Every bag of ``embedding_bag`` is added row by row, by one thread and without a mask: the bits
+    do not depend on the number of threads, and a NaN stays in its stratum.
+
+    Args:
+        rows: [N, D] of any floating dtype and strides.
+        row_offsets: S + 1 ints, ascending, in ``0..N``.
+        order: Which row each place holds, int64 [N]; None for the rows as they are.
+        out: [S, D] of any floating dtype, fully written.
+        factors: [N], of every row, of the dtype of the rows and that float32 at least; None for
+            ones.
+    """
+    first, last = row_offsets[0], row_offsets[-1]
+    if first == last or rows.shape[1] == 0:
+        out.zero_()
+        return
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+    places, starts, runs, firsts = _runs(tuple(row_offsets))
+    if order is not None:
+        places = order[first:last]
+    if factors is not None:
+        factors = factors[first:last] if order is None else factors.index_select(0, places)
+    sums = torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0].double()
+    out.copy_(torch.embedding_bag(sums, runs, firsts)[0])
+
+
+@functools.lru_cache(maxsize=8)
+def _runs(row_offsets: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return places from first to last, which start a run, the runs, and strata's first ones.
+
+    Every layer of a model asks for the same ones.
+    """
+    first = row_offsets[0]
+    spans = list(itertools.pairwise(row_offsets))
+    parts = [torch.arange(a - first, b - first, _RUN, device="cpu") for a, b in spans]
+    firsts = list(itertools.accumulate((len(part) for part in parts), initial=0))
+    places = torch.arange(first, row_offsets[-1], device="cpu")
+    runs = torch.arange(firsts.pop(), device="cpu")
+    return places, torch.cat(parts), runs, torch.tensor(firsts, device="cpu")
 
 
 BACKEND = Backend(

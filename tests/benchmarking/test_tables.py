@@ -52,6 +52,17 @@ def test_committed_results_are_whole() -> None:
         assert "|" in table(name)
 
 
+def test_steps_of_the_reference_backend_have_rows_of_their_own() -> None:
+    other = {
+        "name": "test_step.py::test_aggregated_step_of_the_reference_backend[aggregation-mgda-8]",
+        "group": "step", "params": {"ops": "aggregation", "rule": "mgda", "num_strata": 8},
+        "ratio": 1.3, "low": 1.2, "high": 1.4, "candidate_ms": 2.0,
+    }  # fmt: skip
+    made = TABLES["step"](run(results=[run()["results"][0], other]))
+    assert "| `mgda` | BCE | 1.11 [1.10, 1.20] | - |" in made
+    assert "| `mgda`, reference backend but for attention | BCE | - | 1.30 [1.20, 1.40] |" in made
+
+
 def test_a_marked_table_is_replaced_and_the_rest_stays(tmp_path: Path) -> None:
     text = "before\n<!-- table: step -->\nold\n<!-- /table -->\nafter\n"
     made = regenerate(text, results(tmp_path, run()))

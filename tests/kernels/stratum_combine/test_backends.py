@@ -109,6 +109,13 @@ def test_a_weight_below_float32_still_shows_a_nan(backend):
     assert case.outs[0][5].isnan()
 
 
+def test_a_weight_beyond_float32_is_infinite_there(backend):
+    case = new_case(2).add((40,)).add((40,), dtype=torch.float64)
+    run(case, torch.tensor([1.0, 1e300], dtype=torch.float64), backend)
+    assert case.outs[0].isinf().all()
+    assert case.outs[1].isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [None, torch.tensor(torch.nan, dtype=torch.float64)])
 def test_nothing_to_add(backend, scale):
     """No stratum weighs: outputs become 0 or stay as they are, NaN included."""

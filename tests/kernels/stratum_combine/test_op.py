@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from host_reads import NoHostReads
+from stratum_combine_cases import Case, assert_close, oracle
 
 from pinet_fast.errors import BackendUnavailableError, InputError
 from pinet_fast.kernels import _registry, stratum_combine
@@ -87,22 +89,22 @@ def test_forced_backend_that_cannot_serve_says_why():
         stratum_combine([torch.ones(3, 2)], W, [torch.empty(2)], backend="triton")
 
 
-def test_the_reference_reads_no_value_on_the_host():
-    from torch.utils._python_dispatch import TorchDispatchMode
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_reference_reads_no_value_of_a_gpu_on_the_host(dtype, accumulate):
+    """What it does on a GPU, on a CPU: also right."""
+    from pinet_fast.kernels.stratum_combine.reference import by_masks
 
-    from pinet_fast.kernels.stratum_combine.reference import stratum_combine_reference
-
-    class NoHostReads(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            reads = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
-            assert func.overloadpacket not in reads, func
-            return func(*args, **(kwargs or {}))
-
-    scale, rows = torch.tensor(0.5).double(), [torch.tensor([0, 2])]
+    case = Case(3, torch.Generator().manual_seed(0))
+    for rows, num_rows in ((None, None), ([0, 3, 4], 6)):
+        case.add((3, 7), dtype=dtype, accumulate=accumulate, rows=rows, num_rows=num_rows)
+    weights = case.weights(per_parameter=True)
+    expected = oracle(case, weights)
+    for grad in case.grads:
+        grad[1] = torch.nan  # has no weight
     with NoHostReads():
-        stratum_combine_reference(
-            [torch.ones(3, 2, 4)], W[None], [torch.empty(5, 4)], scale, [False], rows
-        )
+        by_masks(case.grads, weights, case.outs, case.accumulate, case.rows)
+    assert_close(case, *expected)
 
 
 def test_cost_reads_each_gradient_once_and_writes_each_output_once():

@@ -89,12 +89,18 @@ def test_bits_do_not_depend_on_threads(backend, strata):
 
 @pytest.mark.parametrize("strata", [3, 4, 8, 9])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_permuted_strata_permute_the_gram_exactly(backend, strata, dtype):
+def test_permuted_strata_permute_the_gram(backend, strata, dtype):
     grad = normal(strata, 30_011, dtype=dtype)
     order = torch.randperm(strata, generator=torch.Generator().manual_seed(3))
     out = stratum_gram([grad], backend=backend.name)[0]
     permuted = stratum_gram([grad[order]], backend=backend.name)[0]
-    assert torch.equal(permuted, out[order][:, order])
+    if backend.name == "cpp":
+        assert torch.equal(permuted, out[order][:, order])
+    else:  # the order of summation in a matrix product may depend on the place in it
+        eps = torch.finfo(dtype).eps
+        size = out.diagonal().sqrt()
+        error = (permuted - out[order][:, order]).abs() / (size[order, None] * size[order])
+        assert float(error.max()) <= 4 * eps
 
 
 def test_quadratic_form_is_the_squared_norm_of_the_combination(backend):
