@@ -137,6 +137,8 @@ class Lanes:
             return None
         if _env.forced_backend() is not None or not _env.lane_enabled():
             return None
+        if any(_registry.backends(op)[0].name != "cpp" for op in _KERNELS):
+            return None
         made = self._made
         if (
             made is None
