@@ -148,6 +148,11 @@ bool count_use(const Lane* lane, Site& site, int64_t occurrence) {
   return count && PyDict_SetItem(lane->occurrences, site.key.get(), count.get()) == 0;
 }
 
+// Only what the last forward used densely has one; a parameter of lookups alone does not.
+bool has_dense_leaf(const Parameter* parameter) {
+  return parameter != nullptr && parameter->entry.get() != nullptr;
+}
+
 bool use_dense(const Lane* lane, Parameter& parameter) {
   return PyDict_SetDefault(lane->dense_leaves, parameter.key.get(), parameter.entry.get());
 }
@@ -163,8 +168,8 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
   if (!is_tensor(input)) return nullptr;
   Parameter* w = parameter_of(lane, weight);
   Parameter* b = bias == Py_None ? nullptr : parameter_of(lane, bias);
-  if (w == nullptr || !w->leaf.defined() || w == b) return nullptr;
-  if (bias != Py_None && (b == nullptr || !b->leaf.defined())) return nullptr;
+  if (!has_dense_leaf(w) || w == b) return nullptr;
+  if (bias != Py_None && !has_dense_leaf(b)) return nullptr;
   const at::Tensor& rows = THPVariable_Unpack(input);
   if (rows.dim() != 2 || rows.scalar_type() != w->tensor.scalar_type()) return nullptr;
   if (b && b->tensor.scalar_type() != rows.scalar_type()) return nullptr;
