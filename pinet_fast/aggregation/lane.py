@@ -19,7 +19,7 @@ import functools
 import importlib
 import operator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -76,6 +76,7 @@ def _interception() -> type[Interception]:
         """An interception whose calls pass the lane first."""
 
         lane: Any
+        depth = 0
         __torch_function__ = _library()[0].torch_function
 
         def prepare(self, positions: Sequence[int]) -> None:
@@ -85,8 +86,14 @@ def _interception() -> type[Interception]:
                 self.leaves.num_strata, self.rows.whole_layouts(),
             )  # fmt: skip
 
+        def __enter__(self) -> Self:
+            self.depth += 1
+            return super().__enter__()
+
         def __exit__(self, *error: object) -> None:
-            self.lane.end()
+            self.depth -= 1
+            if not self.depth:  # attention and replays enter it again inside
+                self.lane.end()
             super().__exit__(*error)  # type: ignore[no-untyped-call]
 
         def expect_backward(self) -> None:
@@ -98,12 +105,12 @@ def _interception() -> type[Interception]:
 
         @contextmanager
         def replaying(self) -> Iterator[None]:
-            self.lane.pause(True)
+            was_paused = self.lane.pause(True)
             try:
                 with super().replaying():
                     yield
             finally:
-                self.lane.pause(False)
+                self.lane.pause(was_paused)
 
     return LaneInterception
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, handle_torch_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pinet_fast.aggregation import GradientAggregator, StrataIndex, lane
 
@@ -95,3 +100,234 @@ def test_a_table_that_is_dense_in_some_forwards_only(in_python):
         return torch.nn.functional.linear(hidden, model.items.weight, None).pow(2).mean(1)
 
     assert_same(train(losses, 8), in_python(train, losses, 8))
+
+
+def test_attention_does_not_end_the_lane(in_python):
+    """It enters the mode again; without layouts of nodes, L-major rows passed for B-major."""
+    ids = torch.randint(0, 10, (B, L))
+
+    def losses(model: Layers, step: int) -> Tensor:
+        items = model.items(ids)
+        mixed = model.attention(items, items, items, need_weights=False)[0]
+        by_time = items.transpose(0, 1).reshape(L * B, D)
+        scores = model.last(by_time).view(L, B).transpose(0, 1)
+        return scores.sigmoid().mean(1) + mixed.sum((1, 2)).sigmoid()
+
+    assert_same(train(losses), in_python(train, losses))
+
+
+class _Subclass(Tensor):
+    pass
+
+
+def test_subclasses_of_tensors_stay_what_they_are():
+    rows = torch.randn(B, D).as_subclass(_Subclass)
+
+    def losses(model: Layers, step: int) -> Tensor:
+        hidden = model.first(rows)
+        assert type(hidden) is _Subclass
+        return model.last(hidden).squeeze(1).pow(2).as_subclass(Tensor)
+
+    train(losses)
+
+
+def test_modes_around_it_see_what_they_saw():
+    rows = torch.randn(B, D)
+    seen: list[list[str]] = [[]]
+
+    class Log(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen[-1].append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    def losses(model: Layers, step: int) -> Tensor:
+        seen.append([])
+        return model(rows)
+
+    with Log():
+        train(losses)
+    assert seen[-1].count("linear") == 2
+    assert "native_layer_norm" in seen[-1]
+
+
+def test_dispatch_modes_around_it_change_nothing(in_python):
+    rows = torch.randn(B, D)
+    counted: list[int] = [0]
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted[-1] += 1
+            return func(*args, **(kwargs or {}))
+
+    def counting(losses: Losses) -> list[list[Any]]:
+        with Count():
+            return train(losses)
+
+    def losses(model: Layers, step: int) -> Tensor:
+        counted.append(0)
+        return model(rows)
+
+    assert_same(counting(losses), in_python(counting, losses))
+    assert counted[4] == counted[9]
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows):
+        return rows.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_gradient_that_never_arrives_counts_as_zero(in_python):
+    rows, ids = torch.randn(B, D), torch.arange(B)
+
+    def losses(model: Layers, step: int) -> Tensor:
+        values = model(rows + model.items(ids))
+        return _NoGradient.apply(values) if step == 4 else values
+
+    got = train(losses)
+    assert_same(got, in_python(train, losses))
+    assert all(grad.count_nonzero() == 0 for grad in got[4] if grad is not None)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_gradients_of_gradients_are_refused_where_they_would_be_asked_for(monkeypatch, is_on):
+    monkeypatch.setenv("PINET_FAST_LANE", str(int(is_on)))
+    rows = torch.randn(B, D, requires_grad=True)
+
+    def losses(model: Layers, step: int) -> Tensor:
+        values = model(rows)
+        if step == 4:
+            hidden = model.first(rows)
+            ones = torch.ones_like(hidden)
+            (first,) = torch.autograd.grad(hidden, rows, ones, create_graph=True)
+            assert not first.requires_grad  # nothing to differentiate
+            (first,) = torch.autograd.grad(hidden, rows, ones.requires_grad_(), create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                first.sum().backward()
+        return values
+
+    # Both are allowed: the leaves are not reached.
+    monkeypatch.setattr("pinet_fast.aggregation.interception.GRADIENT_CALLS", frozenset())
+    train(losses)
+
+
+@pytest.mark.parametrize("change", ["weight", "rows", "ids"])
+def test_changes_in_place_before_the_backward_are_seen(change):
+    rows, ids = torch.randn(B, D), torch.arange(B)
+
+    def losses(model: Layers, step: int) -> Tensor:
+        hidden = model.first(rows + model.items(ids))
+        values = model.last(hidden).squeeze(1).pow(2) + model.norm(hidden).sum(1)
+        if step == 4:
+            with torch.no_grad():
+                {"weight": model.last.weight, "rows": hidden, "ids": ids}[change].add_(0)
+        return values
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        train(losses)
+
+
+def test_lists_that_hold_themselves_end_in_an_error():
+    endless: list[Any] = [torch.ones(2)]
+    endless.append(endless)
+
+    def losses(model: Layers, step: int) -> Tensor:
+        with pytest.raises(RecursionError):
+            handle_torch_function(torch.einsum, endless[:1], "a->", endless)
+        return model(torch.ones(B, D))
+
+    train(losses)
+
+
+def test_a_forgotten_aggregator_is_collected_with_its_hooks():
+    rows = torch.randn(B, D)
+    torch.manual_seed(0)
+    model = Layers()
+    optimizer = aggregator(model)
+    for p in model.parameters():
+        p.register_hook(lambda _, optimizer=optimizer: None)
+    for _ in range(4):
+        optimizer.zero_grad()
+        with optimizer.stratify(STRATA):
+            values = model(rows)
+        optimizer.backward(values)
+        optimizer.step()
+    assert optimizer._lanes._lane is not None
+    alive = [weakref.ref(model), weakref.ref(model.first.weight), weakref.ref(optimizer)]
+    del model, optimizer, values, p
+    gc.collect()
+    assert [ref() is None for ref in alive] == [True] * 3
+
+
+def test_no_references_are_left_behind():
+    """The counts of what a lane borrows and returns, after forwards of every kind."""
+    rows, ids = torch.randn(B, D), torch.arange(B)
+    kept: list[Any] = [rows, ids]
+    counts: list[list[int]] = []
+
+    def losses(model: Layers, step: int) -> Tensor:
+        if step == 0:
+            kept.extend(model.parameters())
+        values = model(rows + model.items(ids))
+        gc.collect()
+        counts.append([sys.getrefcount(value) for value in kept])
+        return values
+
+    train(losses, 12)
+    assert counts[-1] == counts[4]
+
+
+def test_an_error_inside_the_forward_leaves_nothing_behind():
+    rows = torch.randn(B, D)
+    torch.manual_seed(0)
+    model = Layers()
+    optimizer = aggregator(model)
+
+    def step(rows_of_first: Tensor) -> weakref.ref[Any]:
+        optimizer.zero_grad()
+        with optimizer.stratify(STRATA):
+            values = model(rows)
+            held = weakref.ref(optimizer._session.leaves)
+            model.first(rows_of_first)
+        optimizer.backward(values)
+        optimizer.step()
+        return held
+
+    for _ in range(5):
+        step(rows)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        step(torch.randn(B, D + 1))
+    held = raised.traceback[1].frame.f_locals["held"]
+    del raised
+    gc.collect()
+    assert held() is None
+    assert step(rows)() is None
+
+
+def test_a_begin_that_fails_forgets_what_it_was_given():
+    class Leaves:
+        pass
+
+    leaves, parameter = Leaves(), nn.Parameter(torch.ones(2, 2))
+    held = weakref.ref(leaves)
+    made = lane._library()[0].Lane([parameter], [0], [])
+    with pytest.raises((AttributeError, TypeError)):
+        made.begin({}, leaves, {}, {}, {}, {}, 2, [("users", object())])
+    del leaves
+    assert held() is None
+    with pytest.raises(IndexError):
+        lane._library()[0].Lane([parameter], [1], [])
+    with pytest.raises(RuntimeError, match="no such op"):
+        lane._library()[0].Lane([parameter], [], [(0, 3, "users", (), 1)])
+
+
+def test_replays_inside_replays_keep_it_off():
+    made = lane._library()[0].Lane([], [], [])
+    assert made.pause(True) is False
+    assert made.pause(True) is True
+    assert made.pause(True) is True
+    assert made.pause(False) is True
