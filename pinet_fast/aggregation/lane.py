@@ -88,7 +88,8 @@ def _interception() -> type[Interception]:
 
         def __enter__(self) -> Self:
             self.depth += 1
-            return super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
+            return self
 
         def __exit__(self, *error: object) -> None:
             self.depth -= 1
