@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import gc
+import random
 import sys
 import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from support.batches import ragged_batch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pinet_fast.aggregation import GradientAggregator, StrataIndex, lane
+from pinet_fast.models import SASRec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pinet_fast.data import RaggedBatch
 
 pytestmark = pytest.mark.skipif(
     lane.refusal() is not None, reason=f"no compiled lane: {lane.refusal()}"
@@ -100,6 +106,34 @@ def test_a_table_that_is_dense_in_some_forwards_only(in_python):
         return torch.nn.functional.linear(hidden, model.items.weight, None).pow(2).mean(1)
 
     assert_same(train(losses, 8), in_python(train, losses, 8))
+
+
+def test_two_hundred_steps_of_a_whole_model(in_python):
+    """Batches of other sizes and orders every time, and a forward that fails now and then."""
+
+    def batch(step: int) -> RaggedBatch:
+        rng = random.Random(step)
+        strata = [rng.randrange(3) for _ in range(rng.randint(3, 9))]
+        strata = sorted(strata) if step % 2 else strata
+        lengths = [rng.randint(1, 9) for _ in strata]
+        return ragged_batch(strata, lengths, num_strata=3, num_items=60, seed=step)
+
+    def parameters() -> list[Tensor]:
+        torch.manual_seed(0)
+        model = SASRec(60, max_len=9, dim=16, num_heads=2, dropout=0.1)
+        optimizer = GradientAggregator(torch.optim.Adam(model.named_parameters()), "agreement")
+        for step, given in enumerate(map(batch, range(200))):
+            optimizer.zero_grad()
+            with suppress(KeyboardInterrupt):
+                with optimizer.stratify(given.strata):
+                    losses = model(given)
+                    if step % 37 == 36:
+                        raise KeyboardInterrupt
+                optimizer.backward(losses)
+                optimizer.step()
+        return list(model.parameters())
+
+    assert_same([parameters()], [in_python(parameters)])
 
 
 def test_attention_does_not_end_the_lane(in_python):

@@ -115,7 +115,8 @@ int meets_root(const Lane* lane, PyObject* value) {
 
 bool sees_every_op() {
   return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
 }
 
 // The mode of the lane itself is off while it is asked: what is on the stack are others.
