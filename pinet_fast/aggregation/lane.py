@@ -7,10 +7,11 @@ norms and lookups whose sites are settled, whose rows are [N, ...] with the batc
 in dimension 0, on a CPU. Their nodes compute what the functions of ``boundary.py`` and
 ``lookups.py`` do, with the same kernels and the same bits. Whatever is otherwise is left to
 :class:`Interception`, so that nothing is decided in two ways: layouts that the graph would have to
-tell through views, autocast, saved-tensor hooks, modes of other libraries, ``shared()``, derived
-parameters, first uses.
+tell through views, autocast, saved-tensor hooks, modes of other libraries (``set_default_device``
+is one), subclasses of tensors, ``shared()``, derived parameters, first uses.
 
-The library is for the minor version of torch that it was built with; elsewhere there is no lane.
+The library is for the versions of torch and Python that it was built with; elsewhere there is no
+lane.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _library() -> tuple[Any, str | None]:
     try:
         module = importlib.import_module(f"pinet_fast._lane_{version}")
     except ImportError as error:
-        return None, f"not built for this torch ({error}); run make install again"
+        return None, f"not built for this torch and Python ({error}); run make install again"
     for op in _KERNELS:
         compiled = next(b for b in _registry.backends(op) if b.name == "cpp")
         if reason := compiled.probe():
