@@ -40,7 +40,7 @@ test: install  ## All tests
 grid: install  ## Layers x situations x dtypes against plain autograd, every cell: a table
 	PYTHONPATH=tests $(BIN)/python -W ignore -m grid.table
 
-sanitize: install  ## The C++ kernels under AddressSanitizer and UBSan
+sanitize: install  ## The C++ kernels and the lane under AddressSanitizer and UBSan
 	$(BIN)/python -m pytest tests/kernels/test_sanitize.py
 
 # Every kernel, dtype and launch config, compiled for sm_80, sm_90 and sm_100 by the newest Triton

@@ -7,10 +7,11 @@ norms and lookups whose sites are settled, whose rows are [N, ...] with the batc
 in dimension 0, on a CPU. Their nodes compute what the functions of ``boundary.py`` and
 ``lookups.py`` do, with the same kernels and the same bits. Whatever is otherwise is left to
 :class:`Interception`, so that nothing is decided in two ways: layouts that the graph would have to
-tell through views, autocast, saved-tensor hooks, modes of other libraries, ``shared()``, derived
-parameters, first uses.
+tell through views, autocast, saved-tensor hooks, modes of other libraries (``set_default_device``
+is one), subclasses of tensors, ``shared()``, derived parameters, first uses.
 
-The library is for the minor version of torch that it was built with; elsewhere there is no lane.
+The library is for the versions of torch and Python that it was built with; elsewhere there is no
+lane.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import functools
 import importlib
 import operator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def _library() -> tuple[Any, str | None]:
     try:
         module = importlib.import_module(f"pinet_fast._lane_{version}")
     except ImportError as error:
-        return None, f"not built for this torch ({error}); run make install again"
+        return None, f"not built for this torch and Python ({error}); run make install again"
     for op in _KERNELS:
         compiled = next(b for b in _registry.backends(op) if b.name == "cpp")
         if reason := compiled.probe():
@@ -76,6 +77,7 @@ def _interception() -> type[Interception]:
         """An interception whose calls pass the lane first."""
 
         lane: Any
+        depth = 0
         __torch_function__ = _library()[0].torch_function
 
         def prepare(self, positions: Sequence[int]) -> None:
@@ -85,8 +87,15 @@ def _interception() -> type[Interception]:
                 self.leaves.num_strata, self.rows.whole_layouts(),
             )  # fmt: skip
 
+        def __enter__(self) -> Self:
+            self.depth += 1
+            super().__enter__()  # type: ignore[no-untyped-call]
+            return self
+
         def __exit__(self, *error: object) -> None:
-            self.lane.end()
+            self.depth -= 1
+            if not self.depth:  # attention and replays enter it again inside
+                self.lane.end()
             super().__exit__(*error)  # type: ignore[no-untyped-call]
 
         def expect_backward(self) -> None:
@@ -98,12 +107,12 @@ def _interception() -> type[Interception]:
 
         @contextmanager
         def replaying(self) -> Iterator[None]:
-            self.lane.pause(True)
+            was_paused = self.lane.pause(True)
             try:
                 with super().replaying():
                     yield
             finally:
-                self.lane.pause(False)
+                self.lane.pause(was_paused)
 
     return LaneInterception
 

@@ -243,6 +243,7 @@ class StratifyingOptimizer(OptimizerWrapper):
         self._check.forget()
         self._slice_proofs.clear()
         self._dense_parameters = []
+        self._lanes = Lanes()
 
     def coverage(self) -> Coverage:
         """Return one entry a boundary: parameter, op, row layout, and when it was proven.

@@ -6,11 +6,12 @@
 // to the interception in Python, which decides alike: `lane.py` says what the two share.
 
 #include <ATen/ATen.h>
-#include <ATen/FuncTorchTLS.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -18,7 +19,9 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <array>
+#include <optional>
 #include <unordered_map>
+#include <utility>
 
 #include "nodes.h"
 #include "trace.h"
@@ -37,8 +40,8 @@ struct Site {
 // A parameter, and what this forward has made for it.
 struct Parameter {
   at::Tensor tensor, detached, leaf;
-  PyObject* root = nullptr;  // borrowed from the dictionary of roots
-  THPObjectPtr key, entry;   // id(root) and (root, leaf), as the leaves keep them
+  THPObjectPtr root;
+  THPObjectPtr key, entry;  // id(root) and (root, leaf), as the leaves keep them
   // sites[op][kind of the forward's rows]; kinds by name
   std::array<std::unordered_map<std::string, Site>, kNumOps> sites;
 };
@@ -64,6 +67,8 @@ struct Lane {
   bool is_paused;
   bool is_shared;
 };
+
+PyTypeObject* lane_type = nullptr;  // kept for the life of the process
 
 void refuse() {
   pybind11::gil_scoped_acquire gil;
@@ -98,20 +103,27 @@ int meets_root(const Lane* lane, PyObject* value) {
   }
   const bool is_list = PyList_Check(value);
   if (!is_list && !PyTuple_Check(value)) return 0;
-  const Py_ssize_t size = is_list ? PyList_GET_SIZE(value) : PyTuple_GET_SIZE(value);
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    const int found =
-        meets_root(lane, is_list ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i));
-    if (found != 0) return found;
+  if (Py_EnterRecursiveCall(" while looking for parameters")) return -1;  // a list that holds itself
+  const auto leave = c10::make_scope_exit([] { Py_LeaveRecursiveCall(); });
+  int found = 0;
+  for (Py_ssize_t i = 0; found == 0 && i < Py_SIZE(value); ++i) {
+    PyObject* item = is_list ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i);
+    found = meets_root(lane, THPObjectPtr(Py_NewRef(item)));  // code of Python may change the list
   }
-  return 0;
+  return found;
 }
 
+bool sees_every_op() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
+}
+
+// The mode of the lane itself is off while it is asked: what is on the stack are others.
 bool is_plain_context() {
-  return !at::autocast::is_autocast_enabled(at::kCPU) &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
-         !at::SavedTensorDefaultHooks::get_hooks().has_value();
+  return !at::autocast::is_autocast_enabled(at::kCPU) && !sees_every_op() &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
 }
 
 Parameter* parameter_of(const Lane* lane, PyObject* value) {
@@ -148,14 +160,37 @@ bool count_use(const Lane* lane, Site& site, int64_t occurrence) {
   return count && PyDict_SetItem(lane->occurrences, site.key.get(), count.get()) == 0;
 }
 
+// Only what the last forward used densely has one; a parameter of lookups alone does not.
+bool has_dense_leaf(const Parameter* parameter) {
+  return parameter != nullptr && parameter->entry.get() != nullptr;
+}
+
 bool use_dense(const Lane* lane, Parameter& parameter) {
   return PyDict_SetDefault(lane->dense_leaves, parameter.key.get(), parameter.entry.get());
 }
 
-bool is_ready(const Lane* lane, const at::Tensor& rows) {
-  return !lane->is_shared && PyDict_GET_SIZE(lane->known) == 0 && rows.is_cpu() &&
-         rows.layout() == at::kStrided && is_plain_context();
+// Subclasses, nested tensors and those with tangents have ideas of their own.
+bool is_plain(PyObject* value, const at::Tensor& tensor) {
+  return THPVariable_CheckExact(value) && tensor.is_cpu() && tensor.layout() == at::kStrided &&
+         !tensor.is_nested() && !tensor._fw_grad(0).defined();
 }
+
+bool is_ready(const Lane* lane, PyObject* value, const at::Tensor& tensor) {
+  return !lane->is_shared && PyDict_GET_SIZE(lane->known) == 0 && is_plain(value, tensor) &&
+         is_plain_context();
+}
+
+// Lets other threads of Python run where a call takes longer than the change of hands.
+class LongCall {
+ public:
+  explicit LongCall(int64_t work) {
+    if (work > kLongCall) released_.emplace();
+  }
+
+ private:
+  static constexpr int64_t kLongCall = 1 << 20;  // multiplications, or numbers to copy
+  std::optional<pybind11::gil_scoped_release> released_;
+};
 
 // A layer with a weight and perhaps a bias. Null without an error: Python decides.
 PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, PyObject* bias,
@@ -163,14 +198,14 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
   if (!is_tensor(input)) return nullptr;
   Parameter* w = parameter_of(lane, weight);
   Parameter* b = bias == Py_None ? nullptr : parameter_of(lane, bias);
-  if (w == nullptr || !w->leaf.defined() || w == b) return nullptr;
-  if (bias != Py_None && (b == nullptr || !b->leaf.defined())) return nullptr;
+  if (!has_dense_leaf(w) || w == b) return nullptr;
+  if (bias != Py_None && !has_dense_leaf(b)) return nullptr;
   const at::Tensor& rows = THPVariable_Unpack(input);
+  if (!is_ready(lane, input, rows) || meets_root(lane, input) != 0) return nullptr;
   if (rows.dim() != 2 || rows.scalar_type() != w->tensor.scalar_type()) return nullptr;
   if (b && b->tensor.scalar_type() != rows.scalar_type()) return nullptr;
-  if (rows.size(1) != w->tensor.size(-1) || w->tensor.dim() != (op == kLinear ? 2 : 1))
+  if (w->tensor.dim() != (op == kLinear ? 2 : 1) || rows.size(1) != w->tensor.size(-1))
     return nullptr;
-  if (!is_ready(lane, rows) || meets_root(lane, input) != 0) return nullptr;
   const int kind = kind_of(lane, rows, rows.size(0));
   if (kind < 0) return nullptr;
   int64_t of_weight = 0, of_bias = 0;
@@ -180,9 +215,11 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
   const auto& groups = (*lane->rows)[kind].groups;
   at::Tensor out;
   if (op == kLinear) {
+    LongCall call(rows.size(0) * w->tensor.numel());
     out = linear(rows, w->detached, b ? std::optional(b->detached) : std::nullopt, w->leaf,
                  b ? b->leaf : at::Tensor(), *lane->forward, groups, kind);
   } else {
+    LongCall call(rows.numel());
     out = layer_norm(rows, w->detached, b->detached, eps, w->leaf, b->leaf, *lane->forward, groups,
                      kind);
   }
@@ -233,9 +270,9 @@ PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObjec
   Parameter* table = parameter_of(lane, weight);
   if (!is_tensor(input) || table == nullptr || !table->leaf.defined()) return nullptr;
   const at::Tensor& ids = THPVariable_Unpack(input);
+  if (!is_ready(lane, input, ids) || meets_root(lane, input) != 0) return nullptr;
   if (ids.scalar_type() != at::kLong || ids.dim() < 1 || ids.dim() > 2) return nullptr;
-  if (table->tensor.dim() != 2 || !is_ready(lane, ids) || ids.numel() == 0) return nullptr;
-  if (meets_root(lane, input) != 0) return nullptr;
+  if (table->tensor.dim() != 2 || ids.numel() == 0) return nullptr;
   const int kind = kind_of(lane, ids, ids.size(0));
   if (kind < 0) return nullptr;
   if (ids.dim() == 2)  // a second dimension of a batch's size: which one holds the rows?
@@ -253,11 +290,14 @@ PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObjec
   }
   const auto& groups = (*lane->rows)[kind].groups;
   at::Tensor leaf = table->leaf.variable_data().set_requires_grad(true);  // of this use alone
-  at::Tensor out =
-      embedding(ids, table->detached, padding_idx, leaf, *lane->forward, groups, kind);
+  at::Tensor out;
+  {
+    LongCall call(ids.numel() * table->tensor.size(1));
+    out = embedding(ids, table->detached, padding_idx, leaf, *lane->forward, groups, kind);
+  }
   THPObjectPtr wrapped(THPVariable_Wrap(std::move(leaf)));
   if (!wrapped) return nullptr;
-  THPObjectPtr done(PyObject_CallMethod(lane->leaves, "adopt_lookup", "OO", table->root,
+  THPObjectPtr done(PyObject_CallMethod(lane->leaves, "adopt_lookup", "OO", table->root.get(),
                                         wrapped.get()));
   if (!done || !count_use(lane, *site, occurrence)) return nullptr;
   return THPVariable_Wrap(std::move(out));
@@ -301,7 +341,10 @@ PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
   PyObject* kwargs = count > 4 && given[4] != Py_None ? given[4] : nullptr;
   THPObjectPtr held(PyObject_GetAttrString(mode, "lane"));
   if (!held) return nullptr;
+  TORCH_CHECK_TYPE(Py_TYPE(held.get()) == lane_type, "__torch_function__: mode.lane is no Lane");
   Lane* lane = reinterpret_cast<Lane*>(held.get());
+  if (!PyTuple_Check(args) || (kwargs && !PyDict_Check(kwargs)))
+    return slow(mode, func, types, args, kwargs);
   if (func == names.set_shared) {
     if (PyTuple_GET_SIZE(args) > 0) lane->is_shared = PyObject_IsTrue(PyTuple_GET_ITEM(args, 0));
     return slow(mode, func, types, args, kwargs);
@@ -337,6 +380,7 @@ void forget(Lane* self) {
   if (self->parameters)
     for (auto& entry : *self->parameters) {
       Parameter& parameter = entry.second;
+      parameter.tensor.reset();  // held from outside, its hooks would hide from the collector
       parameter.root = nullptr;
       parameter.key = nullptr;
       parameter.entry = nullptr;
@@ -397,8 +441,34 @@ PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
+int lane_traverse(PyObject* object, visitproc visit, void* arg) {
+  Lane* self = reinterpret_cast<Lane*>(object);
+  Py_VISIT(Py_TYPE(object));
+  for (PyObject* held : {self->list, self->by_id, self->leaves, self->dense_leaves,
+                         self->occurrences, self->known})
+    Py_VISIT(held);
+  if (self->rows)
+    for (const Rows& rows : *self->rows) Py_VISIT(rows.layout);
+  if (!self->parameters) return 0;
+  for (const auto& [value, parameter] : *self->parameters) {
+    Py_VISIT(parameter.root.get());
+    Py_VISIT(parameter.entry.get());  // other members are numbers and names
+  }
+  return 0;
+}
+
+int lane_clear(PyObject* object) {
+  Lane* self = reinterpret_cast<Lane*>(object);
+  forget(self);
+  if (self->parameters) self->parameters->clear();
+  if (self->dense) self->dense->clear();
+  Py_CLEAR(self->list);
+  return 0;
+}
+
 void lane_dealloc(PyObject* object) {
   Lane* self = reinterpret_cast<Lane*>(object);
+  PyObject_GC_UnTrack(object);
   forget(self);
   delete self->parameters;
   delete self->dense;
@@ -454,7 +524,7 @@ bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
   parameter.leaf = at::Tensor(std::move(expanded)).set_requires_grad(true);
   THPObjectPtr id(PyLong_FromVoidPtr(value));
   if (!id) return false;
-  parameter.root = PyDict_GetItemWithError(self->by_id, id.get());
+  parameter.root = Py_XNewRef(PyDict_GetItemWithError(self->by_id, id.get()));
   if (!parameter.root) return false;
   THPObjectPtr detached(THPVariable_Wrap(parameter.detached));
   if (!detached || PyObject_SetAttrString(parameter.root, "_detached", detached.get()) != 0)
@@ -463,20 +533,17 @@ bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
   THPObjectPtr leaf(THPVariable_Wrap(parameter.leaf));
   parameter.key = PyLong_FromVoidPtr(parameter.root);
   if (!leaf || !parameter.key) return false;
-  parameter.entry = PyTuple_Pack(2, parameter.root, leaf.get());
+  parameter.entry = PyTuple_Pack(2, parameter.root.get(), leaf.get());
   return parameter.entry && PyDict_SetItem(prepared, parameter.key.get(), leaf.get()) == 0;
 }
 
-// begin(by_id, leaves, dense leaves, prepared leaves, occurrences, known, strata, [(kind, layout)])
-PyObject* lane_begin(PyObject* object, PyObject* args) {
-  HANDLE_TH_ERRORS
-  Lane* self = reinterpret_cast<Lane*>(object);
+bool begin(Lane* self, PyObject* args) {
   PyObject *by_id, *leaves, *dense_leaves, *prepared, *occurrences, *known, *rows;
   long long strata;
   if (!PyArg_ParseTuple(args, "O!OO!O!O!O!LO!", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
                         &dense_leaves, &PyDict_Type, &prepared, &PyDict_Type, &occurrences,
                         &PyDict_Type, &known, &strata, &PyList_Type, &rows))
-    return nullptr;
+    return false;
   forget(self);
   self->by_id = Py_NewRef(by_id);
   self->leaves = Py_NewRef(leaves);
@@ -485,18 +552,31 @@ PyObject* lane_begin(PyObject* object, PyObject* args) {
   self->known = Py_NewRef(known);
   self->is_paused = false;
   self->is_shared = false;
-  *self->forward = std::make_shared<Forward>(*self->calls, &refuse);
+  *self->forward = std::make_shared<Forward>();
+  (*self->forward)->calls = *self->calls;
+  (*self->forward)->refuse = &refuse;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(rows); ++i) {
     PyObject *kind, *layout;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return nullptr;
-    if (!add_rows(self, kind, layout)) return nullptr;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return false;
+    if (!add_rows(self, kind, layout)) return false;
   }
+  if (sees_every_op()) return true;  // nothing is ready: Python makes what is needed
   for (PyObject* value : *self->dense)
-    if (!prepare(self, (*self->parameters)[value], value, strata, prepared, true)) return nullptr;
+    if (!prepare(self, (*self->parameters)[value], value, strata, prepared, true)) return false;
   for (auto& entry : *self->parameters)
     if (!entry.second.leaf.defined() &&
         !prepare(self, entry.second, entry.first, strata, prepared, false))
-      return nullptr;
+      return false;
+  return true;
+}
+
+// begin(by_id, leaves, dense leaves, prepared leaves, occurrences, known, strata, [(kind, layout)])
+PyObject* lane_begin(PyObject* object, PyObject* args) {
+  HANDLE_TH_ERRORS
+  Lane* self = reinterpret_cast<Lane*>(object);
+  auto forget_failed = c10::make_scope_exit([self] { forget(self); });
+  if (!begin(self, args)) return nullptr;
+  forget_failed.release();
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -513,10 +593,12 @@ PyObject* lane_expect(PyObject* object, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// pause(whether): Python decides everything for a while.
+// pause(whether): Python decides everything for a while; returns whether it did before.
 PyObject* lane_pause(PyObject* object, PyObject* value) {
-  reinterpret_cast<Lane*>(object)->is_paused = PyObject_IsTrue(value);
-  Py_RETURN_NONE;
+  Lane* self = reinterpret_cast<Lane*>(object);
+  const int is_paused = PyObject_IsTrue(value);
+  if (is_paused < 0) return nullptr;
+  return PyBool_FromLong(std::exchange(self->is_paused, is_paused != 0));
 }
 
 // layout_of(node): the layout that a boundary made here notes, or None.
@@ -536,10 +618,8 @@ PyObject* lane_layout_of(PyObject* object, PyObject* node) {
 // take_calls(): how often the kernels of linear layers and of norms ran since the last time.
 PyObject* lane_take_calls(PyObject* object, PyObject*) {
   Calls* calls = reinterpret_cast<Lane*>(object)->calls->get();
-  PyObject* taken = Py_BuildValue("(LL)", static_cast<long long>(calls->linear),
-                                  static_cast<long long>(calls->norm));
-  *calls = Calls{};
-  return taken;
+  return Py_BuildValue("(LL)", static_cast<long long>(calls->linear.exchange(0)),
+                       static_cast<long long>(calls->norm.exchange(0)));
 }
 
 PyMethodDef lane_methods[] = {
@@ -555,11 +635,14 @@ PyMethodDef lane_methods[] = {
 PyType_Slot lane_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(lane_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(lane_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(lane_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(lane_clear)},
     {Py_tp_methods, lane_methods},
     {0, nullptr},
 };
 
-PyType_Spec lane_spec = {"pinet_fast._lane.Lane", sizeof(Lane), 0, Py_TPFLAGS_DEFAULT, lane_slots};
+PyType_Spec lane_spec = {"pinet_fast._lane.Lane", sizeof(Lane), 0,
+                        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, lane_slots};
 
 // The module --------------------------------------------------------------------------------------
 
@@ -576,6 +659,7 @@ bool read_names(PyObject* from, std::unordered_set<std::string>& to) {
 
 // configure(slow, set_shared, refuse, gradient calls, functions, names of nodes, names of nodes)
 PyObject* configure(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
   PyObject *slow, *set_shared, *refuse, *calls, *same, *readers;
   PyObject *linear, *layer_norm, *embedding, *torch_layer_norm, *torch_embedding;
   if (!PyArg_ParseTuple(args, "OOOO(OOOOO)OO", &slow, &set_shared, &refuse, &calls, &linear,
@@ -594,6 +678,7 @@ PyObject* configure(PyObject*, PyObject* args) {
   if (!read_names(same, names.nodes.same_shape)) return nullptr;
   if (!read_names(readers, names.nodes.readers)) return nullptr;
   Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 PyMethodDef torch_function_def = {
@@ -617,6 +702,7 @@ PyMODINIT_FUNC PINET_LANE_INIT() {
   if (!module) return nullptr;
   THPObjectPtr type(PyType_FromSpec(&pinet::lane_spec));
   if (!type || PyModule_AddObjectRef(module, "Lane", type) != 0) return nullptr;
+  pinet::lane_type = reinterpret_cast<PyTypeObject*>(Py_NewRef(type.get()));
   THPObjectPtr function(PyCFunction_New(&pinet::torch_function_def, nullptr));
   if (!function) return nullptr;
   THPObjectPtr method(PyInstanceMethod_New(function));

@@ -45,14 +45,19 @@ Edge edge_of(const at::Tensor& tensor) {
 }
 
 // Gradients of these gradients there are none, as torch's `once_differentiable` has it.
-variable_list once(variable_list&& grads) {
-  if (!at::GradMode::is_enabled()) return std::move(grads);
+variable_list once(variable_list&& grads, const at::Tensor& arrived) {
+  if (!at::GradMode::is_enabled() || !arrived.requires_grad()) return std::move(grads);
   for (at::Tensor& grad : grads)
     if (grad.defined()) grad = grad.detach().set_requires_grad(true);
   auto error = c10::make_intrusive<torch::autograd::DelayedError>(
       "trying to differentiate twice a function that was marked with @once_differentiable",
       static_cast<int>(grads.size()));
   return (*error)(std::move(grads));
+}
+
+// Zeros where nothing arrived, as functions of Python get them.
+at::Tensor arrived(const Boundary& node, const variable_list& grads) {
+  return grads[0].defined() ? grads[0] : node.input_metadata(0).zeros_like();
 }
 
 template <class T>
@@ -80,15 +85,15 @@ struct Linear final : Boundary {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(3);
+    const at::Tensor grad = arrived(*this, grads);
     check_expected(task_should_compute_output(1) || task_should_compute_output(2));
     const at::Tensor x = rows.unpack(), w = weight.unpack();
     variable_list out(3);
     {
       at::NoGradGuard no_grad;
-      compute(grads[0], x, w, out);
+      compute(grad, x, w, out);
     }
-    return once(std::move(out));
+    return once(std::move(out), grad);
   }
 
   void compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w,
@@ -132,7 +137,7 @@ struct LayerNorm final : Boundary {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(3);
+    const at::Tensor grad = arrived(*this, grads);
     check_expected(task_should_compute_output(1) || task_should_compute_output(2));
     const at::Tensor x = rows.unpack(), w = weight.unpack();
     const at::Tensor m = mean.unpack(), r = rstd.unpack();
@@ -144,7 +149,7 @@ struct LayerNorm final : Boundary {
       if (task_should_compute_output(1)) for_weight = at::empty({strata, deep}, x.options());
       if (task_should_compute_output(2)) for_bias = at::empty({strata, deep}, x.options());
       static const auto op = find("pinet_cpp::stratified_norm_backward");
-      call(op, grads[0], x, m.flatten(), r.flatten(), w.contiguous(), groups->ids, strata,
+      call(op, grad, x, m.flatten(), r.flatten(), w.contiguous(), groups->ids, strata,
            for_rows, for_weight, for_bias);
     }
     ++forward->calls->norm;
@@ -152,7 +157,7 @@ struct LayerNorm final : Boundary {
     if (for_rows) out[0] = std::move(*for_rows);
     if (for_weight) out[1] = std::move(*for_weight);
     if (for_bias) out[2] = std::move(*for_bias);
-    return once(std::move(out));
+    return once(std::move(out), grad);
   }
 };
 
@@ -170,7 +175,7 @@ struct Embedding final : Boundary {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(1);
+    const at::Tensor grad = arrived(*this, grads);
     check_expected(task_should_compute_output(0));
     const at::Tensor looked_up = ids.unpack();
     at::Tensor out;
@@ -180,7 +185,7 @@ struct Embedding final : Boundary {
       if (looked_up.dim() > 1)
         strata = strata.unsqueeze(1).expand_as(looked_up).reshape(-1);
       const at::Tensor flat = looked_up.reshape(-1);
-      at::Tensor values = grads[0].reshape({flat.size(0), shape[2]});
+      at::Tensor values = grad.reshape({flat.size(0), shape[2]});
       if (padding_idx >= 0) {
         const at::Tensor is_padding = flat.eq(padding_idx);
         if (is_padding.any().item<bool>())
@@ -189,7 +194,7 @@ struct Embedding final : Boundary {
       out = at::_sparse_coo_tensor_unsafe(at::stack({strata, flat}), values, shape,
                                           values.options().layout(at::kSparse));
     }
-    return once({out});
+    return once({out}, grad);
   }
 };
 

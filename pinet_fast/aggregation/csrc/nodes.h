@@ -26,14 +26,14 @@ struct Groups {
 
 // How often kernels ran, for the registry of the ops.
 struct Calls {
-  int64_t linear = 0;
-  int64_t norm = 0;
+  std::atomic<int64_t> linear{0};
+  std::atomic<int64_t> norm{0};
 };
 
 // One forward inside `stratify`: nodes of another one say nothing about its rows.
 struct Forward {
   std::shared_ptr<Calls> calls;
-  void (*refuse)();                      // throws: this backward is not the aggregator's
+  void (*refuse)() = nullptr;            // throws: this backward is not the aggregator's
   std::atomic<bool> is_expected{false};  // it is
 };
 
