@@ -163,8 +163,9 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
   if (!is_tensor(input)) return nullptr;
   Parameter* w = parameter_of(lane, weight);
   Parameter* b = bias == Py_None ? nullptr : parameter_of(lane, bias);
-  if (w == nullptr || !w->leaf.defined() || w == b) return nullptr;
-  if (bias != Py_None && (b == nullptr || !b->leaf.defined())) return nullptr;
+  // A parameter that the last forward did not use so has no entry: the leaf is made in Python.
+  if (w == nullptr || !w->entry || w == b) return nullptr;
+  if (bias != Py_None && (b == nullptr || !b->entry)) return nullptr;
   const at::Tensor& rows = THPVariable_Unpack(input);
   if (rows.dim() != 2 || rows.scalar_type() != w->tensor.scalar_type()) return nullptr;
   if (b && b->tensor.scalar_type() != rows.scalar_type()) return nullptr;
