@@ -338,6 +338,7 @@ void forget(Lane* self) {
   if (self->parameters)
     for (auto& entry : *self->parameters) {
       Parameter& parameter = entry.second;
+      parameter.tensor.reset();  // torch's swap_tensors refuses what somebody else holds
       parameter.root = nullptr;
       parameter.key = nullptr;
       parameter.entry = nullptr;
