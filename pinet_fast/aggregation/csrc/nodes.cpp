@@ -55,6 +55,11 @@ variable_list once(variable_list&& grads) {
   return (*error)(std::move(grads));
 }
 
+// Where nothing comes, zeros do: as the functions of Python have it.
+at::Tensor arrived(const Boundary& node, const at::Tensor& grad) {
+  return grad.defined() ? grad : node.input_metadata(0).zeros_like();
+}
+
 template <class T>
 at::Tensor attach(at::Tensor out, const c10::intrusive_ptr<T>& node, edge_list&& edges,
                   std::shared_ptr<Forward>&& forward, std::shared_ptr<const Groups>&& groups,
@@ -80,13 +85,12 @@ struct Linear final : Boundary {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(3);
     check_expected(task_should_compute_output(1) || task_should_compute_output(2));
     const at::Tensor x = rows.unpack(), w = weight.unpack();
     variable_list out(3);
     {
       at::NoGradGuard no_grad;
-      compute(grads[0], x, w, out);
+      compute(arrived(*this, grads[0]), x, w, out);
     }
     return once(std::move(out));
   }
@@ -132,7 +136,6 @@ struct LayerNorm final : Boundary {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(3);
     check_expected(task_should_compute_output(1) || task_should_compute_output(2));
     const at::Tensor x = rows.unpack(), w = weight.unpack();
     const at::Tensor m = mean.unpack(), r = rstd.unpack();
@@ -144,7 +147,7 @@ struct LayerNorm final : Boundary {
       if (task_should_compute_output(1)) for_weight = at::empty({strata, deep}, x.options());
       if (task_should_compute_output(2)) for_bias = at::empty({strata, deep}, x.options());
       static const auto op = find("pinet_cpp::stratified_norm_backward");
-      call(op, grads[0], x, m.flatten(), r.flatten(), w.contiguous(), groups->ids, strata,
+      call(op, arrived(*this, grads[0]), x, m.flatten(), r.flatten(), w.contiguous(), groups->ids, strata,
            for_rows, for_weight, for_bias);
     }
     ++forward->calls->norm;
@@ -170,7 +173,6 @@ struct Embedding final : Boundary {
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!grads[0].defined()) return variable_list(1);
     check_expected(task_should_compute_output(0));
     const at::Tensor looked_up = ids.unpack();
     at::Tensor out;
@@ -180,7 +182,7 @@ struct Embedding final : Boundary {
       if (looked_up.dim() > 1)
         strata = strata.unsqueeze(1).expand_as(looked_up).reshape(-1);
       const at::Tensor flat = looked_up.reshape(-1);
-      at::Tensor values = grads[0].reshape({flat.size(0), shape[2]});
+      at::Tensor values = arrived(*this, grads[0]).reshape({flat.size(0), shape[2]});
       if (padding_idx >= 0) {
         const at::Tensor is_padding = flat.eq(padding_idx);
         if (is_padding.any().item<bool>())
