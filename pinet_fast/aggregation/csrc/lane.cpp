@@ -80,6 +80,9 @@ PyObject* slow(PyObject* mode, PyObject* func, PyObject* types, PyObject* args, 
 
 bool is_tensor(PyObject* value) { return THPVariable_Check(value); }
 
+// Subclasses may have functions of their own.
+bool is_plain_tensor(PyObject* value) { return THPVariable_CheckExact(value); }
+
 // 1: value is a root; 0: it is not; -1: an error.
 int is_root(const Lane* lane, PyObject* value) {
   THPObjectPtr id(PyLong_FromVoidPtr(value));
@@ -160,7 +163,7 @@ bool is_ready(const Lane* lane, const at::Tensor& rows) {
 // A layer with a weight and perhaps a bias. Null without an error: Python decides.
 PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, PyObject* bias,
                          double eps) {
-  if (!is_tensor(input)) return nullptr;
+  if (!is_plain_tensor(input)) return nullptr;
   Parameter* w = parameter_of(lane, weight);
   Parameter* b = bias == Py_None ? nullptr : parameter_of(lane, bias);
   // A parameter that the last forward did not use so has no entry: the leaf is made in Python.
@@ -232,7 +235,7 @@ PyObject* try_torch_layer_norm(Lane* lane, PyObject* args, PyObject* kwargs) {
 // A lookup whose gradient is dense in the end; padding is an id of Python's, or None.
 PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObject* padding) {
   Parameter* table = parameter_of(lane, weight);
-  if (!is_tensor(input) || table == nullptr || !table->leaf.defined()) return nullptr;
+  if (!is_plain_tensor(input) || table == nullptr || !table->leaf.defined()) return nullptr;
   const at::Tensor& ids = THPVariable_Unpack(input);
   if (ids.scalar_type() != at::kLong || ids.dim() < 1 || ids.dim() > 2) return nullptr;
   if (table->tensor.dim() != 2 || !is_ready(lane, ids) || ids.numel() == 0) return nullptr;
