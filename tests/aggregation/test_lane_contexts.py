@@ -55,3 +55,55 @@ def test_a_subclass_of_tensor_stays_one() -> None:
     ours, _ = compare(Small, batches(5), forward=forward)
     assert set(kinds) == {(Tagged, Tagged)}
     assert ours.num_in_python == [3] * 5
+
+
+class Watching(TorchFunctionMode):
+    """Counts calls, and makes what linear layers return visibly its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        self.seen[func.__name__] += 1
+        out = func(*args, **(kwargs or {}))
+        return out * 2 if func is F.linear else out
+
+
+def test_another_mode_around_the_steps_sees_every_call() -> None:
+    seen = []
+    for on in (True, False):
+        with Watching() as mode:
+            trail = train(Small, batches(5), on=on, forward=small)
+        seen.append((dict(mode.seen), trail.entries))
+    assert seen[0] == seen[1]
+
+
+def test_another_mode_inside_the_forward() -> None:
+    """It is asked first, and what it passes on comes to the lane."""
+    seen = []
+
+    def forward(model: Small, batch: Batch) -> Tensor:
+        with Watching() as mode:
+            losses = small(model, batch)
+        seen.append(dict(mode.seen))
+        return losses
+
+    ours, _ = compare(Small, batches(5), forward=forward)
+    assert ours.num_in_python[WARM_UP:] == [0, 0]
+    assert seen[:5] == seen[5:]
+
+
+def test_a_default_device() -> None:
+    """It is a mode too."""
+    try:
+        torch.set_default_device("cpu")
+        compare(Small, batches(5), forward=small)
+    finally:
+        torch.set_default_device(None)

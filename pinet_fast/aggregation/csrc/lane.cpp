@@ -7,6 +7,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/FuncTorchTLS.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -110,8 +111,10 @@ int meets_root(const Lane* lane, PyObject* value) {
   return 0;
 }
 
+// The mode itself is off its stack while it is asked; others below it want to see the call.
 bool is_plain_context() {
-  return !at::autocast::is_autocast_enabled(at::kCPU) &&
+  return at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         !at::autocast::is_autocast_enabled(at::kCPU) &&
          !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !at::SavedTensorDefaultHooks::get_hooks().has_value();
