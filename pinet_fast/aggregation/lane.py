@@ -19,7 +19,7 @@ import functools
 import importlib
 import operator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -76,6 +76,7 @@ def _interception() -> type[Interception]:
         """An interception whose calls pass the lane first."""
 
         lane: Any
+        _depth = 0  # attention enters the mode again for its own parts
         __torch_function__ = _library()[0].torch_function
 
         def prepare(self, positions: Sequence[int]) -> None:
@@ -85,9 +86,16 @@ def _interception() -> type[Interception]:
                 self.leaves.num_strata, self.rows.whole_layouts(),
             )  # fmt: skip
 
+        def __enter__(self) -> Self:
+            self._depth += 1
+            super().__enter__()  # type: ignore[no-untyped-call]
+            return self
+
         def __exit__(self, *error: object) -> None:
-            self.lane.end()
             super().__exit__(*error)  # type: ignore[no-untyped-call]
+            self._depth -= 1
+            if self._depth == 0:
+                self.lane.end()
 
         def expect_backward(self) -> None:
             self.lane.expect()

@@ -107,3 +107,26 @@ def test_a_default_device() -> None:
         compare(Small, batches(5), forward=small)
     finally:
         torch.set_default_device(None)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(D, D)
+        self.attention = nn.MultiheadAttention(D, 2)
+        self.last = nn.Linear(D, D)
+
+
+def test_attention_enters_the_mode_again() -> None:
+    """What the lane noted before is still known after: sizes alone do not tell where L == B."""
+
+    def forward(model: Attending, batch: Batch) -> Tensor:
+        h = model.first(batch.numbers(batch.num_users, D))
+        over_time = h.unsqueeze(0).expand(5, -1, -1)
+        h = h + model.attention(over_time, over_time, over_time)[0].mean(0)
+        length = batch.num_users + (batch.seed < WARM_UP)
+        wide = model.last(h.unsqueeze(0).expand(length, -1, -1))
+        return per_row(wide.mean(0) + model.last(h))
+
+    ours, theirs = compare(Attending, batches(6, ragged=False), forward=forward)
+    assert ours.num_in_python[-1] < theirs.num_in_python[-1]

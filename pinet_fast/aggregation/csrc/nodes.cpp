@@ -147,8 +147,8 @@ struct LayerNorm final : Boundary {
       if (task_should_compute_output(1)) for_weight = at::empty({strata, deep}, x.options());
       if (task_should_compute_output(2)) for_bias = at::empty({strata, deep}, x.options());
       static const auto op = find("pinet_cpp::stratified_norm_backward");
-      call(op, arrived(*this, grads[0]), x, m.flatten(), r.flatten(), w.contiguous(), groups->ids, strata,
-           for_rows, for_weight, for_bias);
+      call(op, arrived(*this, grads[0]), x, m.flatten(), r.flatten(), w.contiguous(), groups->ids,
+           strata, for_rows, for_weight, for_bias);
     }
     ++forward->calls->norm;
     variable_list out(3);
