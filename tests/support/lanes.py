@@ -217,7 +217,7 @@ def train(
                     "weights": bits(report.weights),
                     "gram": bits(report.gram),
                     "coverage": str(opt.coverage()),
-                    "calls of kernels": sorted(calls.items()),
+                    "calls of kernels": sorted((op, n) for op, n in calls.items() if n),
                 }
             )
             opt.step()
