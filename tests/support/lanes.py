@@ -180,6 +180,7 @@ def train(
     rule: Any = "agreement",
     before: Callable[[int, Any, GradientAggregator], None] | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    catches: type[Exception] | tuple[type[Exception], ...] = (),
     **options: Any,
 ) -> Trail:
     """Train a model for some steps, and note what each step did.
@@ -192,6 +193,7 @@ def train(
         rule: The aggregator's.
         before: Called before every step with its number, the model and the aggregator.
         optimizer: Makes the optimizer of the named parameters; None = Adam.
+        catches: Errors that a step may raise; it is noted, and the next step goes on.
         options: Further arguments of the aggregator.
     """
     torch.manual_seed(0)
@@ -205,39 +207,50 @@ def train(
                 before(i, model, opt)
             torch.manual_seed(100 + i)
             opt.zero_grad()
-            with boundaries_in_python() as seen, opt.stratify(batch.index()):
-                losses = forward(model, batch)
-            opt.backward(losses)
-            report = opt.report
-            trail.entries.append(
-                {
-                    "losses": bits(losses),
-                    "gradients": {n: bits(p.grad) for n, p in model.named_parameters()},
-                    "leak": report.leak,
-                    "weights": bits(report.weights),
-                    "gram": bits(report.gram),
-                    "coverage": str(opt.coverage()),
-                    "calls of kernels": sorted((op, n) for op, n in calls.items() if n),
-                }
-            )
-            opt.step()
-            trail.entries[-1]["parameters"] = {n: bits(p) for n, p in model.named_parameters()}
+            with boundaries_in_python() as seen:
+                trail.entries.append(_step(model, opt, batch, forward, catches))
             trail.in_python.append(seen)
+            trail.entries[-1]["calls of kernels"] = sorted((op, n) for op, n in calls.items() if n)
     return trail
+
+
+def _step(
+    model: nn.Module,
+    opt: GradientAggregator,
+    batch: Batch,
+    forward: Callable[[Any, Batch], Tensor],
+    catches: type[Exception] | tuple[type[Exception], ...],
+) -> dict[str, Any]:
+    try:
+        with opt.stratify(batch.index()):
+            losses = forward(model, batch)
+        opt.backward(losses)
+    except catches as error:
+        opt.zero_grad()
+        return {"error": (type(error), str(error)), "coverage": str(opt.coverage())}
+    report = opt.report
+    entry = {
+        "losses": bits(losses),
+        "gradients": {n: bits(p.grad) for n, p in model.named_parameters()},
+        "leak": report.leak,
+        "weights": bits(report.weights),
+        "gram": bits(report.gram),
+        "coverage": str(opt.coverage()),
+    }
+    opt.step()
+    entry["parameters"] = {n: bits(p) for n, p in model.named_parameters()}
+    return entry
 
 
 def assert_same(ours: Trail, theirs: Trail) -> None:
     """All that the steps left is the same, bit for bit."""
     assert len(ours.entries) == len(theirs.entries)
     for i, (a, b) in enumerate(zip(ours.entries, theirs.entries, strict=True)):
+        assert a.get("error") == b.get("error"), f"step {i}"
         for key, value in b.items():
-            if isinstance(value, dict):
-                wrong = [n for n in value if a[key][n] != value[n]]
-                assert not wrong, f"step {i}: {key} of {wrong} differ"
-            elif isinstance(value, str):
-                assert a[key] == value, f"step {i}: {key}"
-            else:
-                assert a[key] == value, f"step {i}: {key} differ"
+            wrong = [n for n in value if a[key][n] != value[n]] if isinstance(value, dict) else []
+            assert not wrong, f"step {i}: {key} of {wrong} differ"
+            assert a[key] == value, f"step {i}: {key} differ"
 
 
 def compare(
