@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Forward = Callable[["nn.Module", "Batch"], Tensor] if TYPE_CHECKING else Any
-
 WARM_UP = 3
 """Steps after which the sites of a simple model are settled and its dense leaves known."""
 
@@ -261,3 +259,12 @@ def compare(
     theirs = train(make, steps, on=False, **options)
     assert_same(ours, theirs)
     return ours, theirs
+
+
+def outcome(call: Callable[[], Any]) -> tuple[type[BaseException], str] | None:
+    """Return the type and the text of the error that a call raises, or None."""
+    try:
+        call()
+    except Exception as error:
+        return type(error), str(error)
+    return None
