@@ -178,7 +178,8 @@ class StratifyingOptimizer(OptimizerWrapper):
                     session.interception.prepare(dense)
                     stack.enter_context(session.interception)
                 yield
-            self._dense_parameters = session.leaves.dense_parameters()
+            if session.interception is not None:
+                self._dense_parameters = session.leaves.dense_parameters()
         except BaseException:
             self._session = None
             raise
@@ -243,6 +244,7 @@ class StratifyingOptimizer(OptimizerWrapper):
         self._check.forget()
         self._slice_proofs.clear()
         self._dense_parameters = []
+        self._lanes = Lanes()
 
     def coverage(self) -> Coverage:
         """Return one entry a boundary: parameter, op, row layout, and when it was proven.
