@@ -1,4 +1,4 @@
-"""The compiled lane beside other machinery of torch: it takes part, or leaves the call to Python."""
+"""The compiled lane beside other machinery of torch: it takes part, or Python does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import pinet_fast
-
 from pinet_fast.aggregation.lane import refusal
 
 if TYPE_CHECKING:

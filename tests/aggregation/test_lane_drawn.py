@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {r
 
 @st.composite
 def drawn_batches(draw: Any, num_strata: int) -> list[Batch]:
-    """Some batches with all strata, to settle, and some with any: one row, T == B, events, users."""
+    """Return batches with all strata, to settle, then any: one row, T == B, events or users."""
     made = []
     is_ragged = draw(st.booleans())
     for i in range(7):

@@ -14,7 +14,7 @@ import pinet_fast
 from support.lanes import per_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from support.lanes import Batch
 
