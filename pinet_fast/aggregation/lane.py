@@ -111,7 +111,7 @@ def _interception() -> type[Interception]:
                 with super().replaying():
                     yield
             finally:
-                self.lane.pause(False)
+                self.lane.pause(self.is_replaying)  # one replay may run inside another
 
     return LaneInterception
 
