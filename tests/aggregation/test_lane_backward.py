@@ -252,48 +252,6 @@ def test_gradients_of_gradients_of_rows_are_torchs_error() -> None:
     assert "once_differentiable" in ours[1]
 
 
-WRONG: dict[str, Callable[[Small, Batch], Any]] = {
-    "width of linear": lambda m, b: m.up(b.numbers(b.num_rows, D + 1)),
-    "width of norm": lambda m, b: m.norm(b.numbers(b.num_rows, D + 1)),
-    "dtype of linear": lambda m, b: m.up(b.numbers(b.num_rows, D, dtype=torch.float64)),
-    "dtype of norm": lambda m, b: m.norm(b.numbers(b.num_rows, D, dtype=torch.float64)),
-    "size of a bias": lambda m, b: F.linear(
-        b.numbers(b.num_rows, D), m.up.weight, m.items.weight[0, :2]
-    ),
-    "bias of another": lambda m, b: F.linear(
-        b.numbers(b.num_rows, D), m.items.weight, m.up.bias
-    ),
-    "an id too large": lambda m, b: m.items(torch.full((b.num_rows,), V)),
-    "an id too small": lambda m, b: m.items(torch.full((b.num_rows,), -1)),
-    "ids that are none": lambda m, b: m.items(b.numbers(b.num_rows)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_what_torch_refuses_is_refused_in_its_words(what: str) -> None:
-    def then(model: Small, opt: Any, batch: Batch) -> Any:
-        def run() -> None:
-            with opt.stratify(batch.index()):
-                WRONG[what](model, batch)
-
-        found = outcome(run)
-        with opt.stratify(batch.index()):  # and what comes after is not hurt
-            losses = small(model, batch)
-        opt.backward(losses)
-        return found, [bits(p.grad) for p in model.parameters()]
-
-    found = []
-    for on in (True, False):
-        trail = train(Small, STEPS, on=on, forward=small)
-        with lane(on):
-            trail.optimizer.zero_grad()
-            found.append(then(trail.model, trail.optimizer, STEPS[-1]))
-    plain = outcome(lambda: WRONG[what](Small(), STEPS[-1]))
-    assert plain is not None
-    assert found[0] == found[1]
-    assert found[0][0][0] is plain[0]
-
-
 def test_gradients_are_checked_for_nan_where_asked() -> None:
     def forward(model: Small, batch: Batch) -> Tensor:
         with torch.autograd.detect_anomaly(check_nan=True):

@@ -25,7 +25,7 @@ from support.lanes import (
 )
 from torch import Tensor, nn
 
-from pinet_fast import _env
+from pinet_fast import _env, profiling
 from pinet_fast.aggregation import GradientAggregator
 from pinet_fast.aggregation.lane import refusal
 
@@ -230,3 +230,33 @@ def test_it_can_be_turned_off_and_on_between_steps() -> None:
     theirs = train(Small, batches(9), on=False, forward=small)
     assert_same(ours, theirs)
     assert ours.num_in_python == [3, 0, 0, 0, 3, 3, 0, 0, 0]
+
+
+def test_two_aggregators_at_once() -> None:
+    """The inner one's mode has another below it, so Python decides; the outer one's has not."""
+    found = []
+    for on in (True, False):
+        torch.manual_seed(0)
+        models = [Small(), Small()]
+        outer, inner = (GradientAggregator(sgd(m.named_parameters()), "mgda") for m in models)
+        with lane(on):
+            for batch in batches(6):
+                for opt in (outer, inner):
+                    opt.zero_grad()
+                with boundaries_in_python() as seen:
+                    with outer.stratify(batch.index()), inner.stratify(batch.index()):
+                        h = models[0](batch)
+                        other = small(models[1], batch) + per_row(h.detach())
+                    outer.backward(per_row(h))
+                    inner.backward(other)
+                for opt in (outer, inner):
+                    opt.step()
+        assert seen.total() == (3 if on else 6)
+        found.append([bits(p) for m in models for p in m.parameters()])
+    assert found[0] == found[1]
+
+
+def test_profiling_sees_every_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "is_on", True)
+    ours, _ = with_lane_and_python()
+    assert ours.num_in_python == [3] * 5
