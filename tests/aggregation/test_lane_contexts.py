@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pinet_fast
 from pinet_fast.aggregation.lane import refusal
+from pinet_fast.errors import AggregationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -241,6 +242,17 @@ def test_checkpointed_parts() -> None:
 
     ours, theirs = compare(Small, batches(6), forward=forward)
     assert ours.num_in_python[-1] == theirs.num_in_python[-1] - 2
+
+
+def test_reentrant_checkpoints_are_refused_alike() -> None:
+    def forward(model: Small, batch: Batch) -> Tensor:
+        x = model.items(batch.ids(V, batch.num_rows))
+        if batch.seed < WARM_UP:
+            return per_row(model.above(x))
+        return per_row(x + checkpoint(model.above, x, use_reentrant=True))
+
+    ours, _ = compare(Small, batches(5), forward=forward, catches=AggregationError)
+    assert "error" in ours.entries[-1]
 
 
 def test_a_gradient_inside_the_forward_of_checkpointed_parts() -> None:
