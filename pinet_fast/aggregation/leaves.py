@@ -157,6 +157,8 @@ class VirtualLeaves:
                 leaf = self._watched(leaf)
             entry = self._dense[id(root)] = (root, leaf)
             self._shares_rows |= root.has_rows
+        elif not self._is_watched:  # a lane made the entry, and watches its own uses alone
+            self._watched(entry[1])
         return entry[1]
 
     def lookup(self, root: Root) -> Tensor:

@@ -46,7 +46,8 @@ def _torch_embedding_arguments(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> tuple[Any, ...]:
-    padding = None if padding_idx == -1 else padding_idx
+    # Ids below 0 name no row here, nor do those past the last.
+    padding = padding_idx if 0 <= padding_idx < weight.shape[0] else None
     return indices, weight, padding, None, 2.0, scale_grad_by_freq, sparse
 
 

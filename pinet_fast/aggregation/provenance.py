@@ -73,6 +73,8 @@ def _walk(
         budget[0] -= 1
         is_same = type(node).__name__ in SAME_SHAPE
         layout = None if is_same else getattr(node, "layout", None)
+        if layout is not None and type(layout) is not RowLayout:
+            layout = None  # a function of somebody else has an attribute of this name
         if layout is None and layout_of is not None and type(node).__name__ == "CppFunction":
             layout = layout_of(node)
         if layout is None and id(node) in known:

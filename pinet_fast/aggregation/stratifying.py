@@ -178,7 +178,8 @@ class StratifyingOptimizer(OptimizerWrapper):
                     session.interception.prepare(dense)
                     stack.enter_context(session.interception)
                 yield
-            self._dense_parameters = session.leaves.dense_parameters()
+            if session.interception is not None:
+                self._dense_parameters = session.leaves.dense_parameters()
         except BaseException:
             self._session = None
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,3 +62,22 @@ def test_what_is_remembered_is_right_and_no_less(names: list[str]) -> None:
             assert layout is None or is_right(layout, users)
         assert anew is None or remembered == anew
     assert trace(start, known) == LAYOUT
+
+
+class Foreign(torch.autograd.Function):
+    """A function of somebody else, which notes a layout of another kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.layout = "NC"
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_layouts_of_others_are_none() -> None:
+    x = Foreign.apply(boundary(torch.randn(B, L, D)))  # type: ignore[no-untyped-call]
+    assert trace(x) is None
+    assert trace(boundary(x) + x) == LAYOUT

@@ -313,12 +313,12 @@ PyObject* try_embedding(Lane* lane, PyObject* args, PyObject* kwargs) {
   return lookup_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1), padding);
 }
 
-// torch.embedding(table, ids, padding_idx), where -1 is none
+// torch.embedding(table, ids, padding_idx), where ids below 0 are none
 PyObject* try_torch_embedding(Lane* lane, PyObject* args, PyObject* kwargs) {
   if (PyTuple_GET_SIZE(args) != 3 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
   PyObject* padding = PyTuple_GET_ITEM(args, 2);
   if (!PyLong_Check(padding)) return nullptr;
-  if (PyLong_AsLongLong(padding) == -1) padding = Py_None;
+  if (PyLong_AsLongLong(padding) < 0) padding = Py_None;
   return lookup_boundary(lane, PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 0), padding);
 }
 

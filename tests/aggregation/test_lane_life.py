@@ -1,0 +1,257 @@
+"""The compiled lane over the life of a model: conversions, freezing, many steps."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.lanes import (
+    WARM_UP,
+    Batch,
+    batches,
+    boundaries_in_python,
+    compare,
+    lane,
+    per_row,
+    train,
+)
+from torch import Tensor, nn
+
+from pinet_fast.aggregation import GradientAggregator
+from pinet_fast.aggregation.lane import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
+
+V, D = 20, 6
+
+
+class Small(nn.Module):
+    def __init__(self, dim: int = D) -> None:
+        super().__init__()
+        self.items = nn.Embedding(V, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, dim)
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.items(batch.ids(V, batch.num_rows))
+        return x + F.gelu(self.up(self.norm(x)))
+
+
+def small(model: Small, batch: Batch) -> Tensor:
+    return per_row(model(batch)).double()
+
+
+def sgd(named: Any) -> torch.optim.SGD:
+    return torch.optim.SGD(named, lr=0.1)
+
+
+def at(step: int, change: Callable[[Small, GradientAggregator], Any]) -> Any:
+    """Return what calls ``change`` before one step."""
+
+    def before(i: int, model: Small, opt: GradientAggregator) -> None:
+        if i == step:
+            change(model, opt)
+
+    return before
+
+
+def test_parameters_swapped_for_others() -> None:
+    """Also nothing but the optimizer holds their tensors between steps, or torch refuses."""
+
+    def swap(model: Small, opt: GradientAggregator) -> None:
+        opt.zero_grad()
+        generator = torch.Generator().manual_seed(0)
+        for p in list(model.parameters()):
+            other = nn.Parameter(torch.randn(p.shape, generator=generator))
+            torch.utils.swap_tensors(p, other)
+
+    ours, _ = compare(Small, batches(7), forward=small, before=at(WARM_UP + 1, swap), optimizer=sgd)
+    assert ours.num_in_python[WARM_UP:] == [0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_converted_after_the_warm_up(dtype: torch.dtype) -> None:
+    ours, _ = compare(
+        Small, batches(7), forward=small, optimizer=sgd,
+        before=at(WARM_UP + 1, lambda model, opt: model.to(dtype)),
+    )  # fmt: skip
+    assert ours.num_in_python[WARM_UP:] == ([0] * 4 if dtype is torch.float64 else [0, 3, 3, 3])
+
+
+def test_values_loaded_after_the_warm_up() -> None:
+    state = {name: torch.randn_like(p) for name, p in Small().state_dict().items()}
+    ours, _ = compare(
+        Small, batches(6), forward=small, optimizer=sgd,
+        before=at(WARM_UP + 1, lambda model, opt: model.load_state_dict(state)),
+    )  # fmt: skip
+    assert ours.num_in_python[WARM_UP:] == [0] * 3
+
+
+def test_strided_parameters() -> None:
+    def make() -> Small:
+        model = Small()
+        model.up.weight = nn.Parameter(torch.randn(D, D).t())
+        model.norm.weight = nn.Parameter(torch.randn(2 * D)[::2])
+        model.items.weight = nn.Parameter(torch.randn(D, V).t())
+        return model
+
+    ours, _ = compare(make, batches(6), forward=small)
+    assert ours.num_in_python[WARM_UP:] == [0] * 3
+
+
+@pytest.mark.parametrize("name", ["items.weight", "norm.weight", "up.weight", "up.bias"])
+def test_frozen_and_thawed(name: str) -> None:
+    """What is proven counts positions, so it is proven anew; then the lane takes part again."""
+
+    def before(step: int, model: Small, opt: GradientAggregator) -> None:
+        if step in (WARM_UP, WARM_UP + 3):
+            model.get_parameter(name).requires_grad_(step != WARM_UP)
+
+    ours, theirs = compare(Small, batches(10), forward=small, before=before)
+    assert theirs.num_in_python[WARM_UP] >= 2
+    assert ours.num_in_python[-2:] == [0, 0]
+
+
+def test_what_was_settled_before_a_freeze_is_forgotten_with_its_proofs() -> None:
+    """As many sites of the same parameters are settled again, but others."""
+
+    def forward(model: Small, batch: Batch) -> Tensor:
+        h = model.norm(batch.numbers(batch.num_rows, D))
+        if batch.seed == WARM_UP:
+            return per_row(h)
+        if not WARM_UP < batch.seed < 8:
+            return per_row(model.up(h))
+        of_users = model.up(batch.numbers(batch.num_users, D))
+        return per_row(h + of_users[batch.users_of_rows()])
+
+    def before(step: int, model: Small, opt: GradientAggregator) -> None:
+        if step in (WARM_UP, WARM_UP + 1):
+            model.items.weight.requires_grad_(step != WARM_UP)
+
+    compare(Small, batches(12), forward=forward, before=before)
+
+
+def test_a_parameter_group_that_comes_later() -> None:
+    def make() -> Small:
+        model = Small()
+        model.extra = nn.Linear(D, D)
+        return model
+
+    def build(named: Any) -> torch.optim.SGD:
+        return sgd([(n, p) for n, p in named if not n.startswith("extra")])
+
+    def forward(model: Any, batch: Batch) -> Tensor:
+        h = model(batch)
+        return per_row(model.extra(h) if batch.seed > WARM_UP else h)
+
+    ours, _ = compare(
+        make, batches(8), forward=forward, optimizer=build,
+        before=at(
+            WARM_UP + 1,
+            lambda m, opt: opt.add_param_group({"params": list(m.extra.named_parameters())}),
+        ),
+    )  # fmt: skip
+    assert ours.num_in_python[-2:] == [0, 0]
+
+
+def trained(dim: int) -> tuple[Small, GradientAggregator, Callable[[int], None]]:
+    """Return a model, its aggregator, and what takes some steps."""
+    torch.manual_seed(0)
+    model = Small(dim)
+    opt = GradientAggregator(sgd(model.named_parameters()), "agreement")
+    steps = batches(5)
+
+    def run(count: int) -> None:
+        for i in range(count):
+            opt.zero_grad()
+            batch = steps[i % 5]
+            with opt.stratify(batch.index()):
+                losses = small(model, batch)
+            opt.backward(losses)
+            opt.step()
+
+    return model, opt, run
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
+def test_a_thousand_steps_leave_nothing() -> None:
+    model, opt, run = trained(64)
+
+    def measure() -> tuple[int, list[int], int]:
+        opt.zero_grad()
+        gc.collect()
+        counts = [sys.getrefcount(p) for p in model.parameters()]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(gc.get_objects()), counts, pages * mmap.PAGESIZE
+
+    with lane(True), boundaries_in_python() as seen:
+        run(200)
+        seen.clear()
+        objects, counts, size = measure()
+        run(1000)
+        objects_after, counts_after, size_after = measure()
+    assert seen.total() == 0
+    assert objects_after - objects < 50
+    assert counts_after == counts
+    assert size_after - size < 8 * 2**20  # a leaf's gradient a step: 47 MiB; arenas grow a little
+
+
+def test_no_step_allocates_what_stays() -> None:
+    tracemalloc.start()
+    try:
+        _, _, run = trained(D)
+        with lane(True):
+            run(200)  # free lists fill
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            run(250)
+            gc.collect()
+            after = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert after - before < 100 * 250  # a tensor or a tuple a step would be more
+
+
+def test_two_runs_leave_the_same_number_of_references() -> None:
+    """The lane keeps no reference to what Python handed it, nor one too few."""
+    found = []
+    for on in (True, False):
+        trail = train(Small, batches(8), on=on, forward=small)
+        trail.optimizer.zero_grad()
+        gc.collect()
+        found.append([sys.getrefcount(p) for p in trail.model.parameters()])
+        indices = [batch.index() for batch in batches(4)]
+        with lane(on):
+            for batch, index in zip(batches(4), indices, strict=True):
+                with trail.optimizer.stratify(index):
+                    losses = small(trail.model, batch)
+                trail.optimizer.backward(losses)
+                trail.optimizer.step()
+        del losses
+        trail.optimizer.zero_grad()
+        gc.collect()
+        found[-1] += [sys.getrefcount(index.events.ids) for index in indices]
+    # Of each parameter the lane's own list holds one, and what it was made from another.
+    assert max(abs(a - b) for a, b in zip(*found, strict=True)) <= 2
+
+
+def test_a_lane_dies_with_its_aggregator() -> None:
+    trail = train(Small, batches(5), on=True, forward=small)
+    parameters = list(trail.model.parameters())
+    table = sys.getrefcount(parameters[0])
+    made = trail.optimizer._lanes._made
+    assert made is not None
+    del made
+    trail.optimizer = None
+    gc.collect()
+    assert sys.getrefcount(parameters[0]) < table
