@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from support.lanes import (
 from torch import Tensor, nn
 
 from pinet_fast import _env, profiling
-from pinet_fast.aggregation import GradientAggregator
+from pinet_fast.aggregation import GradientAggregator, stratifying
 from pinet_fast.aggregation.lane import refusal
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
@@ -260,3 +261,14 @@ def test_profiling_sees_every_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "is_on", True)
     ours, _ = with_lane_and_python()
     assert ours.num_in_python == [3] * 5
+
+
+def test_where_something_is_compiled_there_is_no_lane() -> None:
+    trail = train(Small, batches(4), on=True, forward=small)
+    batch = batches(4)[-1]
+    compiling = patch.object(stratifying, "is_compiler_used", lambda: True)
+    with lane(True), compiling, boundaries_in_python() as seen:
+        with trail.optimizer.stratify(batch.index()):
+            losses = small(trail.model, batch)
+        trail.optimizer.backward(losses)
+    assert seen.total() == 3

@@ -7,12 +7,13 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from pinet_fast import _env
-from pinet_fast.aggregation import GradientAggregator, StrataIndex
+from pinet_fast.aggregation import GradientAggregator, StrataIndex, stratifying
 from pinet_fast.aggregation.interception import Interception
 from pinet_fast.kernels import _registry
 
@@ -86,16 +87,15 @@ def batches(
 
 @contextmanager
 def lane(on: bool) -> Iterator[None]:
-    """Turn the lane on or off inside; ``stratify`` reads it."""
-    before = os.environ.get(_env.LANE)
-    os.environ[_env.LANE] = "1" if on else "0"
-    try:
+    """Turn the lane on or off inside; ``stratify`` reads it.
+
+    Where something was compiled in this process, by another test say, there is no lane.
+    """
+    with (
+        patch.dict(os.environ, {_env.LANE: "1" if on else "0"}),
+        patch.object(stratifying, "is_compiler_used", lambda: False),
+    ):
         yield
-    finally:
-        if before is None:
-            del os.environ[_env.LANE]
-        else:
-            os.environ[_env.LANE] = before
 
 
 @contextmanager
