@@ -48,10 +48,14 @@ class Root:
     _detached: Tensor | None = None
 
     def detached(self) -> Tensor:
-        """Return the tensor without graph, as boundary ops take it; made once a forward."""
-        if self._detached is None:
-            self._detached = self.tensor.detach()
-        return self._detached
+        """Return the tensor without graph, as boundary ops take it.
+
+        Made once a forward, and anew where ``p.data = ...`` has put other values in its place.
+        """
+        detached = self._detached
+        if detached is None or detached.data_ptr() != self.tensor.data_ptr():
+            detached = self._detached = self.tensor.detach()
+        return detached
 
 
 @dataclass

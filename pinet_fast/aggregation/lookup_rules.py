@@ -79,7 +79,10 @@ def _lookup(
     layout = mode.find(tuple(ids.shape), ids, (root,), "embedding")
     if layout is None:
         return mode.derive(func, args, kwargs)
-    padding = None if padding_idx is None else padding_idx % table.shape[0]
+    items = table.shape[0]
+    if padding_idx is not None and not -items <= padding_idx < items:
+        return func(*args, **kwargs)  # refused by torch, in its own words
+    padding = None if padding_idx is None else padding_idx % items
     leaf = mode.lookup_leaf(root, "embedding", layout, is_sparse)
     strata = mode.rows.groups_of(layout, tuple(ids.shape)).ids
     rows = root.detached()

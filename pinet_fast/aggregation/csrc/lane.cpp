@@ -126,9 +126,15 @@ bool is_plain_context() {
          !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
 }
 
+// Not where `p.data = ...` has put other values in the place of those that were prepared.
 Parameter* parameter_of(const Lane* lane, PyObject* value) {
   const auto found = lane->parameters->find(value);
-  return found == lane->parameters->end() ? nullptr : &found->second;
+  if (found == lane->parameters->end()) return nullptr;
+  const Parameter& parameter = found->second;
+  if (!parameter.detached.defined() ||
+      parameter.detached.const_data_ptr() != parameter.tensor.const_data_ptr())
+    return nullptr;
+  return &found->second;
 }
 
 // Which rows of the forward a tensor [n, ...] holds, or -1 where Python decides.
