@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_OPS = {"linear": 0, "layer_norm": 1, "embedding": 2}  # as csrc/lane.cpp counts them
+_OPS = {"linear": 0, "layer_norm": 1, "embedding": 2}  # as csrc/lane.h counts them
 _KERNELS = ("stratified_linear_backward", "stratified_norm_backward")
 
 

@@ -1,0 +1,278 @@
+// Boundaries of linear layers, layer norms and lookups: which calls are decided, and their nodes.
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/util/ScopeExit.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+
+#include "lane.h"
+
+namespace pinet {
+namespace {
+
+bool is_tensor(PyObject* value) { return THPVariable_Check(value); }
+
+// 1: value is a root; 0: it is not; -1: an error.
+int is_root(const Lane* lane, PyObject* value) {
+  THPObjectPtr id(PyLong_FromVoidPtr(value));
+  return id ? PyDict_Contains(lane->by_id, id.get()) : -1;
+}
+
+}  // namespace
+
+int meets_root(const Lane* lane, PyObject* value) {
+  if (is_tensor(value)) {
+    const int found = is_root(lane, value);
+    if (found != 0) return found;
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    if (!tensor.is_view()) return 0;
+    THPObjectPtr base(THPVariable_Wrap(tensor._base()));
+    return base ? is_root(lane, base.get()) : -1;
+  }
+  const bool is_list = PyList_Check(value);
+  if (!is_list && !PyTuple_Check(value)) return 0;
+  if (Py_EnterRecursiveCall(" while looking for parameters")) return -1;  // a list that holds itself
+  const auto leave = c10::make_scope_exit([] { Py_LeaveRecursiveCall(); });
+  int found = 0;
+  for (Py_ssize_t i = 0; found == 0 && i < Py_SIZE(value); ++i) {
+    PyObject* item = is_list ? PyList_GET_ITEM(value, i) : PyTuple_GET_ITEM(value, i);
+    found = meets_root(lane, THPObjectPtr(Py_NewRef(item)));  // code of Python may change the list
+  }
+  return found;
+}
+
+bool sees_every_op() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
+}
+
+namespace {
+
+// The mode of the lane itself is off while it is asked: what is on the stack are others.
+bool is_plain_context() {
+  return !at::autocast::is_autocast_enabled(at::kCPU) && !sees_every_op() &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
+}
+
+// Not where `p.data = ...` has put other values in the place of those that were prepared.
+Parameter* parameter_of(const Lane* lane, PyObject* value) {
+  const auto found = lane->parameters->find(value);
+  if (found == lane->parameters->end()) return nullptr;
+  const Parameter& parameter = found->second;
+  if (!parameter.detached.defined() ||
+      parameter.detached.const_data_ptr() != parameter.tensor.const_data_ptr())
+    return nullptr;
+  return &found->second;
+}
+
+// Which rows of the forward a tensor [n, ...] holds, or -1 where Python decides.
+int kind_of(const Lane* lane, const at::Tensor& tensor, int64_t n) {
+  int kind = -1;
+  for (size_t i = 0; i < lane->rows->size(); ++i)
+    if ((*lane->rows)[i].groups->num_rows() == n) kind = static_cast<int>(i);
+  if (kind < 0 || !tensor.requires_grad()) return kind;
+  const auto& node = tensor.grad_fn();
+  if (!node) return kind;
+  const Traced traced = trace(node.get(), n, lane->forward->get(), *lane->rows, names.nodes);
+  if (traced.found == Found::kNothing) return kind;
+  return traced.found == Found::kRows ? traced.kind : -1;
+}
+
+// The site of a further use of a parameter, where it is settled; null: Python decides.
+Site* settled_site(const Lane* lane, Parameter& parameter, Op op, int kind,
+                         int64_t* occurrence) {
+  const auto found = parameter.sites[op].find((*lane->kinds)[kind]);
+  if (found == parameter.sites[op].end()) return nullptr;
+  Site& site = found->second;
+  PyObject* count = PyDict_GetItemWithError(lane->occurrences, site.key.get());
+  *occurrence = count ? PyLong_AsLongLong(count) + 1 : 0;
+  return !PyErr_Occurred() && *occurrence < site.settled ? &site : nullptr;
+}
+
+bool count_use(const Lane* lane, Site& site, int64_t occurrence) {
+  THPObjectPtr count(PyLong_FromLongLong(occurrence));
+  return count && PyDict_SetItem(lane->occurrences, site.key.get(), count.get()) == 0;
+}
+
+// Only what the last forward used densely has one; a parameter of lookups alone does not.
+bool has_dense_leaf(const Parameter* parameter) {
+  return parameter != nullptr && parameter->entry.get() != nullptr;
+}
+
+bool use_dense(const Lane* lane, Parameter& parameter) {
+  return PyDict_SetDefault(lane->dense_leaves, parameter.key.get(), parameter.entry.get());
+}
+
+// Subclasses, nested tensors and those with tangents have ideas of their own.
+bool is_plain(PyObject* value, const at::Tensor& tensor) {
+  return THPVariable_CheckExact(value) && tensor.is_cpu() && tensor.layout() == at::kStrided &&
+         !tensor.is_nested() && !tensor._fw_grad(0).defined();
+}
+
+bool is_ready(const Lane* lane, PyObject* value, const at::Tensor& tensor) {
+  return !lane->is_shared && PyDict_GET_SIZE(lane->known) == 0 && is_plain(value, tensor) &&
+         is_plain_context();
+}
+
+// Lets other threads of Python run where a call takes longer than the change of hands.
+class LongCall {
+ public:
+  explicit LongCall(int64_t work) {
+    if (work > kLongCall) released_.emplace();
+  }
+
+ private:
+  static constexpr int64_t kLongCall = 1 << 20;  // multiplications, or numbers to copy
+  std::optional<pybind11::gil_scoped_release> released_;
+};
+
+// A layer with a weight and perhaps a bias. Null without an error: Python decides.
+PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, PyObject* bias,
+                         double eps) {
+  if (!is_tensor(input)) return nullptr;
+  Parameter* w = parameter_of(lane, weight);
+  Parameter* b = bias == Py_None ? nullptr : parameter_of(lane, bias);
+  if (!has_dense_leaf(w) || w == b) return nullptr;
+  if (bias != Py_None && !has_dense_leaf(b)) return nullptr;
+  const at::Tensor& rows = THPVariable_Unpack(input);
+  if (!is_ready(lane, input, rows) || meets_root(lane, input) != 0) return nullptr;
+  if (rows.dim() != 2 || rows.scalar_type() != w->tensor.scalar_type()) return nullptr;
+  if (b && b->tensor.scalar_type() != rows.scalar_type()) return nullptr;
+  if (w->tensor.dim() != (op == kLinear ? 2 : 1) || rows.size(1) != w->tensor.size(-1))
+    return nullptr;
+  const int kind = kind_of(lane, rows, rows.size(0));
+  if (kind < 0) return nullptr;
+  int64_t of_weight = 0, of_bias = 0;
+  Site* w_site = settled_site(lane, *w, op, kind, &of_weight);
+  Site* b_site = b ? settled_site(lane, *b, op, kind, &of_bias) : nullptr;
+  if (w_site == nullptr || (b && b_site == nullptr)) return nullptr;
+  const auto& groups = (*lane->rows)[kind].groups;
+  at::Tensor out;
+  if (op == kLinear) {
+    LongCall call(rows.size(0) * w->tensor.numel());
+    out = linear(rows, w->detached, b ? std::optional(b->detached) : std::nullopt, w->leaf,
+                 b ? b->leaf : at::Tensor(), *lane->forward, groups, kind);
+  } else {
+    LongCall call(rows.numel());
+    out = layer_norm(rows, w->detached, b->detached, eps, w->leaf, b->leaf, *lane->forward, groups,
+                     kind);
+  }
+  if (!use_dense(lane, *w) || !count_use(lane, *w_site, of_weight)) return nullptr;
+  if (b && (!use_dense(lane, *b) || !count_use(lane, *b_site, of_bias))) return nullptr;
+  return THPVariable_Wrap(std::move(out));
+}
+
+// F.linear(rows, weight, bias), as nn.Linear calls it.
+PyObject* try_linear(Lane* lane, PyObject* args, PyObject* kwargs) {
+  if (PyTuple_GET_SIZE(args) != 3 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
+  return dense_boundary(lane, kLinear, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1),
+                        PyTuple_GET_ITEM(args, 2), 0.0);
+}
+
+PyObject* keyword(PyObject* kwargs, const char* name) {
+  THPObjectPtr key(PyUnicode_InternFromString(name));
+  return key ? PyDict_GetItemWithError(kwargs, key.get()) : nullptr;
+}
+
+PyObject* norm_boundary(Lane* lane, PyObject* input, PyObject* shape, PyObject* weight,
+                        PyObject* bias, PyObject* eps) {
+  if (!weight || !bias || bias == Py_None || !eps || !PyFloat_Check(eps)) return nullptr;
+  if (!PyTuple_Check(shape) || PyTuple_GET_SIZE(shape) != 1) return nullptr;
+  PyObject* width = PyTuple_GET_ITEM(shape, 0);
+  if (!PyLong_Check(width) || !is_tensor(weight)) return nullptr;
+  if (PyLong_AsLongLong(width) != THPVariable_Unpack(weight).numel()) return nullptr;
+  return dense_boundary(lane, kLayerNorm, input, weight, bias, PyFloat_AS_DOUBLE(eps));
+}
+
+// F.layer_norm(rows, shape, weight=, bias=, eps=), as it hands itself to modes.
+PyObject* try_layer_norm(Lane* lane, PyObject* args, PyObject* kwargs) {
+  if (PyTuple_GET_SIZE(args) != 2 || !kwargs || PyDict_GET_SIZE(kwargs) != 3) return nullptr;
+  return norm_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1),
+                       keyword(kwargs, "weight"), keyword(kwargs, "bias"), keyword(kwargs, "eps"));
+}
+
+// torch.layer_norm(rows, shape, weight, bias, eps)
+PyObject* try_torch_layer_norm(Lane* lane, PyObject* args, PyObject* kwargs) {
+  if (PyTuple_GET_SIZE(args) != 5 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
+  return norm_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1),
+                       PyTuple_GET_ITEM(args, 2), PyTuple_GET_ITEM(args, 3),
+                       PyTuple_GET_ITEM(args, 4));
+}
+
+// A lookup whose gradient is dense in the end; padding is an id of Python's, or None.
+PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObject* padding) {
+  Parameter* table = parameter_of(lane, weight);
+  if (!is_tensor(input) || table == nullptr || !table->leaf.defined()) return nullptr;
+  const at::Tensor& ids = THPVariable_Unpack(input);
+  if (!is_ready(lane, input, ids) || meets_root(lane, input) != 0) return nullptr;
+  if (ids.scalar_type() != at::kLong || ids.dim() < 1 || ids.dim() > 2) return nullptr;
+  if (table->tensor.dim() != 2 || ids.numel() == 0) return nullptr;
+  const int kind = kind_of(lane, ids, ids.size(0));
+  if (kind < 0) return nullptr;
+  if (ids.dim() == 2)  // a second dimension of a batch's size: which one holds the rows?
+    for (const Rows& rows : *lane->rows)
+      if (rows.groups->num_rows() == ids.size(1)) return nullptr;
+  int64_t occurrence = 0;
+  Site* site = settled_site(lane, *table, kEmbedding, kind, &occurrence);
+  if (site == nullptr) return nullptr;
+  int64_t padding_idx = -1;
+  if (padding != Py_None) {
+    const int64_t items = table->tensor.size(0);
+    padding_idx = PyLong_AsLongLong(padding);
+    if (PyErr_Occurred() || padding_idx < -items || padding_idx >= items) return nullptr;
+    if (padding_idx < 0) padding_idx += items;
+  }
+  const auto& groups = (*lane->rows)[kind].groups;
+  at::Tensor leaf = table->leaf.variable_data().set_requires_grad(true);  // of this use alone
+  at::Tensor out;
+  {
+    LongCall call(ids.numel() * table->tensor.size(1));
+    out = embedding(ids, table->detached, padding_idx, leaf, *lane->forward, groups, kind);
+  }
+  THPObjectPtr wrapped(THPVariable_Wrap(std::move(leaf)));
+  if (!wrapped) return nullptr;
+  THPObjectPtr done(PyObject_CallMethod(lane->leaves, "adopt_lookup", "OO", table->root.get(),
+                                        wrapped.get()));
+  if (!done || !count_use(lane, *site, occurrence)) return nullptr;
+  return THPVariable_Wrap(std::move(out));
+}
+
+// F.embedding(ids, table, padding_idx=, ...), as it hands itself to modes.
+PyObject* try_embedding(Lane* lane, PyObject* args, PyObject* kwargs) {
+  if (PyTuple_GET_SIZE(args) != 2 || !kwargs || PyDict_GET_SIZE(kwargs) != 5) return nullptr;
+  PyObject* padding = keyword(kwargs, "padding_idx");
+  if (!padding || keyword(kwargs, "max_norm") != Py_None) return nullptr;
+  if (keyword(kwargs, "scale_grad_by_freq") != Py_False || keyword(kwargs, "sparse") != Py_False)
+    return nullptr;
+  return lookup_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1), padding);
+}
+
+// torch.embedding(table, ids, padding_idx), where ids below 0 are none
+PyObject* try_torch_embedding(Lane* lane, PyObject* args, PyObject* kwargs) {
+  if (PyTuple_GET_SIZE(args) != 3 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
+  PyObject* padding = PyTuple_GET_ITEM(args, 2);
+  if (!PyLong_Check(padding)) return nullptr;
+  if (PyLong_AsLongLong(padding) < 0) padding = Py_None;
+  return lookup_boundary(lane, PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 0), padding);
+}
+
+}  // namespace
+
+PyObject* boundary(Lane* lane, PyObject* func, PyObject* args, PyObject* kwargs) {
+  if (func == names.linear) return try_linear(lane, args, kwargs);
+  if (func == names.layer_norm) return try_layer_norm(lane, args, kwargs);
+  if (func == names.torch_layer_norm) return try_torch_layer_norm(lane, args, kwargs);
+  if (func == names.embedding) return try_embedding(lane, args, kwargs);
+  if (func == names.torch_embedding) return try_torch_embedding(lane, args, kwargs);
+  return nullptr;
+}
+
+}  // namespace pinet

@@ -1,0 +1,302 @@
+// The type Lane: what an aggregator keeps between forwards, and what one forward is told.
+
+#include <c10/util/ScopeExit.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <utility>
+
+#include "lane.h"
+
+namespace pinet {
+namespace {
+
+void refuse() {
+  pybind11::gil_scoped_acquire gil;
+  THPObjectPtr done(PyObject_CallNoArgs(names.refuse));
+  python_error error;
+  error.persist();
+  throw std::move(error);
+}
+
+void forget(Lane* self) {
+  if (self->rows)
+    for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
+  if (self->rows) self->rows->clear();
+  if (self->kinds) self->kinds->clear();
+  if (self->parameters)
+    for (auto& entry : *self->parameters) {
+      Parameter& parameter = entry.second;
+      parameter.tensor.reset();  // held from outside, its hooks would hide from the collector
+      parameter.root = nullptr;
+      parameter.key = nullptr;
+      parameter.entry = nullptr;
+      parameter.leaf.reset();
+      parameter.detached.reset();
+    }
+  Py_CLEAR(self->by_id);
+  Py_CLEAR(self->leaves);
+  Py_CLEAR(self->dense_leaves);
+  Py_CLEAR(self->occurrences);
+  Py_CLEAR(self->known);
+}
+
+// Lane(parameters, dense, sites): sites are (position, op, kind, key, settled).
+PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
+  HANDLE_TH_ERRORS
+  PyObject *parameters, *dense, *sites;
+  if (!PyArg_ParseTuple(args, "O!O!O!", &PyList_Type, &parameters, &PyList_Type, &dense,
+                        &PyList_Type, &sites))
+    return nullptr;
+  THPObjectPtr object(type->tp_alloc(type, 0));
+  if (!object) return nullptr;
+  Lane* self = reinterpret_cast<Lane*>(object.get());
+  self->parameters = new std::unordered_map<PyObject*, Parameter>;
+  self->dense = new std::vector<PyObject*>;
+  self->calls = new std::shared_ptr<Calls>(std::make_shared<Calls>());
+  self->forward = new std::shared_ptr<Forward>;
+  self->rows = new std::vector<Rows>;
+  self->kinds = new std::vector<std::string>;
+  self->list = PySequence_List(parameters);
+  if (!self->list) return nullptr;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dense); ++i) {
+    const long position = PyLong_AsLong(PyList_GET_ITEM(dense, i));
+    if (PyErr_Occurred()) return nullptr;
+    PyObject* value = PyList_GetItem(self->list, position);
+    if (!value) return nullptr;
+    self->dense->push_back(value);
+    self->parameters->try_emplace(value);
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(sites); ++i) {
+    long position, op;
+    const char* kind;
+    PyObject* key;
+    long long settled;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(sites, i), "llsOL", &position, &op, &kind, &key,
+                          &settled))
+      return nullptr;
+    PyObject* value = PyList_GetItem(self->list, position);
+    if (!value) return nullptr;
+    Parameter& parameter = (*self->parameters)[value];
+    TORCH_CHECK(op >= 0 && op < kNumOps, "Lane: no such op");
+    Site& site = parameter.sites[op][kind];
+    Py_INCREF(key);
+    site.key = key;
+    site.settled = settled;
+  }
+  return object.release();
+  END_HANDLE_TH_ERRORS
+}
+
+int lane_traverse(PyObject* object, visitproc visit, void* arg) {
+  Lane* self = reinterpret_cast<Lane*>(object);
+  Py_VISIT(Py_TYPE(object));
+  for (PyObject* held : {self->list, self->by_id, self->leaves, self->dense_leaves,
+                         self->occurrences, self->known})
+    Py_VISIT(held);
+  if (self->rows)
+    for (const Rows& rows : *self->rows) Py_VISIT(rows.layout);
+  if (!self->parameters) return 0;
+  for (const auto& [value, parameter] : *self->parameters) {
+    Py_VISIT(parameter.root.get());
+    Py_VISIT(parameter.entry.get());  // other members are numbers and names
+  }
+  return 0;
+}
+
+int lane_clear(PyObject* object) {
+  Lane* self = reinterpret_cast<Lane*>(object);
+  forget(self);
+  if (self->parameters) self->parameters->clear();
+  if (self->dense) self->dense->clear();
+  Py_CLEAR(self->list);
+  return 0;
+}
+
+void lane_dealloc(PyObject* object) {
+  Lane* self = reinterpret_cast<Lane*>(object);
+  PyObject_GC_UnTrack(object);
+  forget(self);
+  delete self->parameters;
+  delete self->dense;
+  delete self->forward;
+  delete self->rows;
+  delete self->kinds;
+  delete self->calls;
+  Py_CLEAR(self->list);
+  PyTypeObject* type = Py_TYPE(object);
+  type->tp_free(object);
+  Py_DECREF(type);
+}
+
+bool add_rows(Lane* self, PyObject* kind, PyObject* layout) {
+  THPObjectPtr groups(PyObject_GetAttrString(layout, "groups"));
+  if (!groups) return false;
+  THPObjectPtr ids(PyObject_GetAttrString(groups.get(), "ids"));
+  THPObjectPtr offsets(PyObject_GetAttrString(groups.get(), "offsets"));
+  THPObjectPtr order(PyObject_GetAttrString(groups.get(), "order"));
+  if (!ids || !offsets || !order) return false;
+  TORCH_CHECK(PyTuple_Check(offsets.get()), "Lane: offsets are no tuple");
+  auto found = std::make_shared<Groups>();
+  found->ids = THPVariable_Unpack(ids.get()).contiguous();
+  if (order.get() != Py_None) found->order = THPVariable_Unpack(order.get());
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(offsets.get()); ++i)
+    found->offsets.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(offsets.get(), i)));
+  const char* name = PyUnicode_AsUTF8(kind);
+  if (!name || PyErr_Occurred()) return false;
+  Py_INCREF(layout);
+  self->rows->push_back({std::move(found), layout, groups.get()});
+  self->kinds->push_back(name);
+  return true;
+}
+
+bool is_served(const at::Tensor& tensor) {
+  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.is_conj() &&
+         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+}
+
+// Leaves [S, ...] of stride 0 along S, without memory, and detached tensors: see leaves.py.
+bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
+             PyObject* prepared, bool is_dense) {
+  parameter.tensor = THPVariable_Unpack(value);  // it may have been converted since
+  if (!is_served(parameter.tensor)) return true;
+  c10::TensorImpl* impl = parameter.tensor.unsafeGetTensorImpl();
+  parameter.detached = parameter.tensor.tensor_data();
+  std::vector<int64_t> sizes = parameter.tensor.sizes().vec();
+  std::vector<int64_t> strides = parameter.tensor.strides().vec();
+  sizes.insert(sizes.begin(), strata);
+  strides.insert(strides.begin(), 0);
+  auto expanded = impl->shallow_copy_and_detach(impl->version_counter(), true);
+  expanded->set_sizes_and_strides(sizes, strides);
+  parameter.leaf = at::Tensor(std::move(expanded)).set_requires_grad(true);
+  THPObjectPtr id(PyLong_FromVoidPtr(value));
+  if (!id) return false;
+  parameter.root = Py_XNewRef(PyDict_GetItemWithError(self->by_id, id.get()));
+  if (!parameter.root) return false;
+  THPObjectPtr detached(THPVariable_Wrap(parameter.detached));
+  if (!detached || PyObject_SetAttrString(parameter.root, "_detached", detached.get()) != 0)
+    return false;
+  if (!is_dense) return true;
+  THPObjectPtr leaf(THPVariable_Wrap(parameter.leaf));
+  parameter.key = PyLong_FromVoidPtr(parameter.root);
+  if (!leaf || !parameter.key) return false;
+  parameter.entry = PyTuple_Pack(2, parameter.root.get(), leaf.get());
+  return parameter.entry && PyDict_SetItem(prepared, parameter.key.get(), leaf.get()) == 0;
+}
+
+bool begin(Lane* self, PyObject* args) {
+  PyObject *by_id, *leaves, *dense_leaves, *prepared, *occurrences, *known, *rows;
+  long long strata;
+  if (!PyArg_ParseTuple(args, "O!OO!O!O!O!LO!", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
+                        &dense_leaves, &PyDict_Type, &prepared, &PyDict_Type, &occurrences,
+                        &PyDict_Type, &known, &strata, &PyList_Type, &rows))
+    return false;
+  forget(self);
+  self->by_id = Py_NewRef(by_id);
+  self->leaves = Py_NewRef(leaves);
+  self->dense_leaves = Py_NewRef(dense_leaves);
+  self->occurrences = Py_NewRef(occurrences);
+  self->known = Py_NewRef(known);
+  self->is_paused = false;
+  self->is_shared = false;
+  *self->forward = std::make_shared<Forward>();
+  (*self->forward)->calls = *self->calls;
+  (*self->forward)->refuse = &refuse;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(rows); ++i) {
+    PyObject *kind, *layout;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return false;
+    if (!add_rows(self, kind, layout)) return false;
+  }
+  if (sees_every_op()) return true;  // nothing is ready: Python makes what is needed
+  for (PyObject* value : *self->dense)
+    if (!prepare(self, (*self->parameters)[value], value, strata, prepared, true)) return false;
+  for (auto& entry : *self->parameters)
+    if (!entry.second.leaf.defined() &&
+        !prepare(self, entry.second, entry.first, strata, prepared, false))
+      return false;
+  return true;
+}
+
+// begin(by_id, leaves, dense leaves, prepared leaves, occurrences, known, strata, [(kind, layout)])
+PyObject* lane_begin(PyObject* object, PyObject* args) {
+  HANDLE_TH_ERRORS
+  Lane* self = reinterpret_cast<Lane*>(object);
+  auto forget_failed = c10::make_scope_exit([self] { forget(self); });
+  if (!begin(self, args)) return nullptr;
+  forget_failed.release();
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* lane_end(PyObject* object, PyObject*) {
+  forget(reinterpret_cast<Lane*>(object));
+  Py_RETURN_NONE;
+}
+
+// expect(): the backward of the last forward is the aggregator's from now on.
+PyObject* lane_expect(PyObject* object, PyObject*) {
+  Lane* self = reinterpret_cast<Lane*>(object);
+  if (*self->forward) (*self->forward)->is_expected = true;
+  Py_RETURN_NONE;
+}
+
+// pause(whether): Python decides everything for a while; returns whether it did before.
+PyObject* lane_pause(PyObject* object, PyObject* value) {
+  Lane* self = reinterpret_cast<Lane*>(object);
+  const int is_paused = PyObject_IsTrue(value);
+  if (is_paused < 0) return nullptr;
+  return PyBool_FromLong(std::exchange(self->is_paused, is_paused != 0));
+}
+
+// layout_of(node): the layout that a boundary made here notes, or None.
+PyObject* lane_layout_of(PyObject* object, PyObject* node) {
+  HANDLE_TH_ERRORS
+  Lane* self = reinterpret_cast<Lane*>(object);
+  if (torch::autograd::THPCppFunction_Check(node)) {
+    const auto* found = dynamic_cast<const Boundary*>(
+        reinterpret_cast<torch::autograd::THPCppFunction*>(node)->cdata.get());
+    if (found && found->forward == *self->forward && !self->rows->empty())
+      return Py_NewRef((*self->rows)[found->kind].layout);
+  }
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// take_calls(): how often the kernels of linear layers and of norms ran since the last time.
+PyObject* lane_take_calls(PyObject* object, PyObject*) {
+  Calls* calls = reinterpret_cast<Lane*>(object)->calls->get();
+  return Py_BuildValue("(LL)", static_cast<long long>(calls->linear.exchange(0)),
+                       static_cast<long long>(calls->norm.exchange(0)));
+}
+
+PyMethodDef lane_methods[] = {
+    {"begin", lane_begin, METH_VARARGS, nullptr},
+    {"end", lane_end, METH_NOARGS, nullptr},
+    {"expect", lane_expect, METH_NOARGS, nullptr},
+    {"pause", lane_pause, METH_O, nullptr},
+    {"layout_of", lane_layout_of, METH_O, nullptr},
+    {"take_calls", lane_take_calls, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyType_Slot lane_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(lane_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(lane_dealloc)},
+    {Py_tp_traverse, reinterpret_cast<void*>(lane_traverse)},
+    {Py_tp_clear, reinterpret_cast<void*>(lane_clear)},
+    {Py_tp_methods, lane_methods},
+    {0, nullptr},
+};
+
+PyType_Spec lane_spec = {"pinet_fast._lane.Lane", sizeof(Lane), 0,
+                        Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC, lane_slots};
+
+}  // namespace
+
+PyTypeObject* make_lane_type() {
+  return reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&lane_spec));
+}
+
+}  // namespace pinet

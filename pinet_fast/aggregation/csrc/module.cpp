@@ -1,0 +1,126 @@
+// The module `_lane`: the interception's usual calls without Python.
+//
+// `torch_function` is the `__torch_function__` of a mode. It passes on what no parameter takes part
+// in, and makes the boundaries of linear layers, norms and lookups itself where nothing is left to
+// decide: settled sites, rows [N, ...] of one kind in dimension 0, on a CPU. Everything else goes
+// to the interception in Python, which decides alike: `lane.py` says what the two share.
+
+#include <torch/csrc/Exceptions.h>
+
+#include "lane.h"
+
+namespace pinet {
+
+Names names;
+
+namespace {
+
+PyTypeObject* lane_type = nullptr;  // kept for the life of the process
+
+PyObject* slow(PyObject* mode, PyObject* func, PyObject* types, PyObject* args, PyObject* kwargs) {
+  return PyObject_CallFunctionObjArgs(names.slow, mode, func, types, args,
+                                      kwargs ? kwargs : Py_None, nullptr);
+}
+
+// torch_function(mode, func, types, args=(), kwargs=None)
+PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count >= 3 && count <= 5, "__torch_function__: expected 3 to 5 arguments");
+  PyObject *mode = given[0], *func = given[1], *types = given[2];
+  THPObjectPtr none(PyTuple_New(0));
+  PyObject* args = count > 3 ? given[3] : none.get();
+  PyObject* kwargs = count > 4 && given[4] != Py_None ? given[4] : nullptr;
+  THPObjectPtr held(PyObject_GetAttrString(mode, "lane"));
+  if (!held) return nullptr;
+  TORCH_CHECK_TYPE(Py_TYPE(held.get()) == lane_type, "__torch_function__: mode.lane is no Lane");
+  Lane* lane = reinterpret_cast<Lane*>(held.get());
+  if (!PyTuple_Check(args) || (kwargs && !PyDict_Check(kwargs)))
+    return slow(mode, func, types, args, kwargs);
+  if (func == names.set_shared) {
+    if (PyTuple_GET_SIZE(args) > 0) lane->is_shared = PyObject_IsTrue(PyTuple_GET_ITEM(args, 0));
+    return slow(mode, func, types, args, kwargs);
+  }
+  if (lane->is_paused || lane->is_shared || !lane->by_id) return slow(mode, func, types, args, kwargs);
+  if (!at::GradMode::is_enabled()) return PyObject_Call(func, args, kwargs);
+  int found = meets_root(lane, args);
+  if (found == 0 && kwargs) {
+    PyObject *key, *value;
+    Py_ssize_t at = 0;
+    while (found == 0 && PyDict_Next(kwargs, &at, &key, &value)) found = meets_root(lane, value);
+  }
+  if (found < 0) return nullptr;
+  if (found == 0) {
+    const int is_gradient_call = PySet_Contains(names.gradient_calls, func);
+    if (is_gradient_call < 0) return nullptr;
+    if (is_gradient_call == 0) return PyObject_Call(func, args, kwargs);
+    return slow(mode, func, types, args, kwargs);
+  }
+  PyObject* out = boundary(lane, func, args, kwargs);
+  if (out != nullptr || PyErr_Occurred()) return out;
+  return slow(mode, func, types, args, kwargs);
+  END_HANDLE_TH_ERRORS
+}
+
+bool read_names(PyObject* from, std::unordered_set<std::string>& to) {
+  THPObjectPtr items(PySequence_List(from));
+  if (!items) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(items.get()); ++i) {
+    const char* name = PyUnicode_AsUTF8(PyList_GET_ITEM(items.get(), i));
+    if (!name) return false;
+    to.insert(name);
+  }
+  return true;
+}
+
+// configure(slow, set_shared, refuse, gradient calls, functions, names of nodes, names of nodes)
+PyObject* configure(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *slow, *set_shared, *refuse, *calls, *same, *readers;
+  PyObject *linear, *layer_norm, *embedding, *torch_layer_norm, *torch_embedding;
+  if (!PyArg_ParseTuple(args, "OOOO(OOOOO)OO", &slow, &set_shared, &refuse, &calls, &linear,
+                        &layer_norm, &embedding, &torch_layer_norm, &torch_embedding, &same,
+                        &readers))
+    return nullptr;
+  names.slow = Py_NewRef(slow);
+  names.set_shared = Py_NewRef(set_shared);
+  names.refuse = Py_NewRef(refuse);
+  names.gradient_calls = Py_NewRef(calls);
+  names.linear = Py_NewRef(linear);
+  names.layer_norm = Py_NewRef(layer_norm);
+  names.embedding = Py_NewRef(embedding);
+  names.torch_layer_norm = Py_NewRef(torch_layer_norm);
+  names.torch_embedding = Py_NewRef(torch_embedding);
+  if (!read_names(same, names.nodes.same_shape)) return nullptr;
+  if (!read_names(readers, names.nodes.readers)) return nullptr;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+PyMethodDef torch_function_def = {
+    "__torch_function__",
+    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(torch_function)), METH_FASTCALL,
+    nullptr};
+
+PyMethodDef module_methods[] = {
+    {"configure", configure, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module_def = {PyModuleDef_HEAD_INIT, "_lane", nullptr, -1, module_methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace pinet
+
+PyMODINIT_FUNC PINET_LANE_INIT() {
+  THPObjectPtr module(PyModule_Create(&pinet::module_def));
+  if (!module) return nullptr;
+  pinet::lane_type = pinet::make_lane_type();
+  PyObject* type = reinterpret_cast<PyObject*>(pinet::lane_type);
+  if (!type || PyModule_AddObjectRef(module, "Lane", type) != 0) return nullptr;
+  THPObjectPtr function(PyCFunction_New(&pinet::torch_function_def, nullptr));
+  if (!function) return nullptr;
+  THPObjectPtr method(PyInstanceMethod_New(function));
+  if (!method || PyModule_AddObjectRef(module, "torch_function", method) != 0) return nullptr;
+  return module.release();
+}
