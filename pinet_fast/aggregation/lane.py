@@ -5,7 +5,8 @@ the interception's decisions are the same in every step, and ``csrc/`` makes the
 it passes on calls that no parameter takes part in, and makes the boundaries of linear layers, layer
 norms and lookups whose sites are settled, whose rows are [N, ...] with the batch's events or users
 in dimension 0, on a CPU. Their nodes compute what the functions of ``boundary.py`` and
-``lookups.py`` do, with the same kernels and the same bits. Whatever is otherwise is left to
+``lookups.py`` do, with the same kernels and the same bits; where another backend than the compiled
+one serves, they call its op. Whatever is otherwise is left to
 :class:`Interception`, so that nothing is decided in two ways: layouts that the graph would have to
 tell through views, autocast, saved-tensor hooks, modes of other libraries (``set_default_device``
 is one), subclasses of tensors, ``shared()``, derived parameters, first uses.
@@ -52,10 +53,6 @@ def _library() -> tuple[Any, str | None]:
         module = importlib.import_module(f"pinet_fast._lane_{version}")
     except ImportError as error:
         return None, f"not built for this torch and Python ({error}); run make install again"
-    for op in _KERNELS:
-        compiled = next(b for b in _registry.backends(op) if b.name == "cpp")
-        if reason := compiled.probe():
-            return None, reason
     module.configure(
         Interception.__torch_function__, set_shared, refuse_backward, GRADIENT_CALLS,
         (F.linear, F.layer_norm, F.embedding, torch.layer_norm, torch.embedding),
@@ -84,7 +81,7 @@ def _interception() -> type[Interception]:
             self.rows.layout_of = self.lane.layout_of
             self.lane.begin(
                 self.by_id, self.leaves, *self.leaves.lent(), self._occurrences, self._known,
-                self.leaves.num_strata, self.rows.whole_layouts(),
+                self.leaves.num_strata, self.rows.whole_layouts(), _has_kernels(),
             )  # fmt: skip
 
         def __enter__(self) -> Self:
@@ -117,6 +114,14 @@ def _interception() -> type[Interception]:
     return LaneInterception
 
 
+def _has_kernels() -> bool:
+    """Return whether the compiled kernels serve, so that nodes need not ask the registry."""
+    first = [_registry.backends(op)[0] for op in _KERNELS]
+    return _env.forced_backend() in (None, "cpp") and all(
+        backend.name == "cpp" and backend.probe() is None for backend in first
+    )
+
+
 class _Settled(NamedTuple):
     """What a lane was made from."""
 
@@ -144,9 +149,7 @@ class Lanes:
         """
         if not check.settled or profiling.is_on or refusal() is not None:
             return None
-        if _env.forced_backend() is not None or not _env.lane_enabled():
-            return None
-        if any(_registry.backends(op)[0].name != "cpp" for op in _KERNELS):
+        if not _env.lane_enabled():
             return None
         made = self._made
         if (

@@ -189,9 +189,10 @@ bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
 bool begin(Lane* self, PyObject* args) {
   PyObject *by_id, *leaves, *dense_leaves, *prepared, *occurrences, *known, *rows;
   long long strata;
-  if (!PyArg_ParseTuple(args, "O!OO!O!O!O!LO!", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
+  int has_kernels;
+  if (!PyArg_ParseTuple(args, "O!OO!O!O!O!LO!p", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
                         &dense_leaves, &PyDict_Type, &prepared, &PyDict_Type, &occurrences,
-                        &PyDict_Type, &known, &strata, &PyList_Type, &rows))
+                        &PyDict_Type, &known, &strata, &PyList_Type, &rows, &has_kernels))
     return false;
   forget(self);
   self->by_id = Py_NewRef(by_id);
@@ -204,6 +205,7 @@ bool begin(Lane* self, PyObject* args) {
   *self->forward = std::make_shared<Forward>();
   (*self->forward)->calls = *self->calls;
   (*self->forward)->refuse = &refuse;
+  (*self->forward)->has_kernels = has_kernels != 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(rows); ++i) {
     PyObject *kind, *layout;
     if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return false;
@@ -219,7 +221,8 @@ bool begin(Lane* self, PyObject* args) {
   return true;
 }
 
-// begin(by_id, leaves, dense leaves, prepared leaves, occurrences, known, strata, [(kind, layout)])
+// begin(by_id, leaves, dense leaves, prepared leaves, occurrences, known, strata, [(kind, layout)],
+//       whether the compiled kernels serve)
 PyObject* lane_begin(PyObject* object, PyObject* args) {
   HANDLE_TH_ERRORS
   Lane* self = reinterpret_cast<Lane*>(object);

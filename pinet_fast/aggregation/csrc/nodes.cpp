@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <array>
+#include <string>
 #include <utility>
 
 namespace pinet {
@@ -28,6 +30,19 @@ void call(const c10::OperatorHandle& op, Args&&... args) {
 
 c10::OperatorHandle find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
+}
+
+// What an op of kernels/ returns, its wanted results in order; Python chooses the backend.
+template <class... Args>
+void call_op(const c10::OperatorHandle& op, const std::array<bool, 3>& wanted, variable_list& out,
+             Args&&... args) {
+  torch::jit::Stack stack;
+  (stack.emplace_back(std::forward<Args>(args)), ...);
+  op.callBoxed(stack);
+  const std::vector<at::Tensor> found = stack.back().toTensorVector();
+  size_t next = 0;
+  for (size_t i = 0; i < wanted.size(); ++i)
+    if (wanted[i]) out[i] = found.at(next++);
 }
 
 bool has_tuned_blas() {
@@ -60,6 +75,12 @@ at::Tensor arrived(const Boundary& node, const variable_list& grads) {
   return grads[0].defined() ? grads[0] : node.input_metadata(0).zeros_like();
 }
 
+// Whether the gradients of rows, weight and bias are wanted.
+template <class T>
+std::array<bool, 3> all_wanted(const T& node) {
+  return {node.wants(0), node.wants(1), node.wants(2)};
+}
+
 template <class T>
 at::Tensor attach(at::Tensor out, const c10::intrusive_ptr<T>& node, edge_list&& edges,
                   std::shared_ptr<Forward>&& forward, std::shared_ptr<const Groups>&& groups,
@@ -74,6 +95,8 @@ at::Tensor attach(at::Tensor out, const c10::intrusive_ptr<T>& node, edge_list&&
 
 struct Linear final : Boundary {
   SavedVariable rows, weight;
+
+  bool wants(size_t i) const { return task_should_compute_output(i); }
 
   std::string name() const override { return "StratifiedLinearBackward"; }
 
@@ -98,6 +121,13 @@ struct Linear final : Boundary {
 
   void compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w,
                variable_list& out) const {
+    if (!forward->has_kernels) {
+      static const auto op = find("pinet::stratified_linear_backward");
+      const auto wanted = all_wanted(*this);
+      call_op(op, wanted, out, grad, x, w, groups->ids, groups->offsets, groups->order, wanted[0],
+              wanted[1], wanted[2], std::string(), std::string("ieee"));
+      return;
+    }
     const int64_t strata = groups->num_strata(), wide = w.size(0), deep = w.size(1);
     std::optional<at::Tensor> for_rows, for_weight, for_bias;
     if (task_should_compute_output(0)) for_rows = at::empty({x.size(0), deep}, x.options());
@@ -128,6 +158,8 @@ struct Linear final : Boundary {
 struct LayerNorm final : Boundary {
   SavedVariable rows, mean, rstd, weight;
 
+  bool wants(size_t i) const { return task_should_compute_output(i); }
+
   std::string name() const override { return "StratifiedLayerNormBackward"; }
 
   void release_variables() override {
@@ -141,23 +173,34 @@ struct LayerNorm final : Boundary {
     check_expected(task_should_compute_output(1) || task_should_compute_output(2));
     const at::Tensor x = rows.unpack(), w = weight.unpack();
     const at::Tensor m = mean.unpack(), r = rstd.unpack();
-    std::optional<at::Tensor> for_rows, for_weight, for_bias;
+    variable_list out(3);
     {
       at::NoGradGuard no_grad;
-      const int64_t strata = groups->num_strata(), deep = w.size(0);
-      if (task_should_compute_output(0)) for_rows = at::empty({x.size(0), deep}, x.options());
-      if (task_should_compute_output(1)) for_weight = at::empty({strata, deep}, x.options());
-      if (task_should_compute_output(2)) for_bias = at::empty({strata, deep}, x.options());
-      static const auto op = find("pinet_cpp::stratified_norm_backward");
-      call(op, grad, x, m.flatten(), r.flatten(), w.contiguous(), groups->ids, strata,
-           for_rows, for_weight, for_bias);
+      compute(grad, x, m.flatten(), r.flatten(), w.contiguous(), out);
     }
+    return once(std::move(out), grad);
+  }
+
+  void compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& m,
+               const at::Tensor& r, const at::Tensor& w, variable_list& out) const {
+    const int64_t strata = groups->num_strata(), deep = w.size(0);
+    if (!forward->has_kernels) {
+      static const auto op = find("pinet::stratified_norm_backward");
+      const auto wanted = all_wanted(*this);
+      call_op(op, wanted, out, grad, x, m, r, w, groups->ids, strata, wanted[0], wanted[1],
+              wanted[2], std::string());
+      return;
+    }
+    std::optional<at::Tensor> for_rows, for_weight, for_bias;
+    if (task_should_compute_output(0)) for_rows = at::empty({x.size(0), deep}, x.options());
+    if (task_should_compute_output(1)) for_weight = at::empty({strata, deep}, x.options());
+    if (task_should_compute_output(2)) for_bias = at::empty({strata, deep}, x.options());
+    static const auto op = find("pinet_cpp::stratified_norm_backward");
+    call(op, grad, x, m, r, w, groups->ids, strata, for_rows, for_weight, for_bias);
     ++forward->calls->norm;
-    variable_list out(3);
     if (for_rows) out[0] = std::move(*for_rows);
     if (for_weight) out[1] = std::move(*for_weight);
     if (for_bias) out[2] = std::move(*for_bias);
-    return once(std::move(out), grad);
   }
 };
 

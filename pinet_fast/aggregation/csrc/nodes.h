@@ -34,6 +34,7 @@ struct Calls {
 struct Forward {
   std::shared_ptr<Calls> calls;
   void (*refuse)() = nullptr;            // throws: this backward is not the aggregator's
+  bool has_kernels = true;               // the compiled ones serve; else the ops choose a backend
   std::atomic<bool> is_expected{false};  // it is
 };
 
