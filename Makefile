@@ -41,7 +41,7 @@ grid: install  ## Layers x situations x dtypes against plain autograd, every cel
 	PYTHONPATH=tests $(BIN)/python -W ignore -m grid.table
 
 sanitize: install  ## The C++ kernels and the lane under AddressSanitizer and UBSan
-	$(BIN)/python -m pytest tests/kernels/test_sanitize.py
+	SANITIZE_LANE=1 $(BIN)/python -m pytest tests/kernels/test_sanitize.py
 
 # Every kernel, dtype and launch config, compiled for sm_80, sm_90 and sm_100 by the newest Triton
 # that the torch here takes and by the oldest that is supported, against tests/kernels/gates.json.
