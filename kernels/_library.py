@@ -44,6 +44,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and tensor.device.type in ("cpu", "cuda")
         and not is_in_torch_dispatch_mode()
         and torch._C._functorch.maybe_current_level() is None
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # is_grads_batched
         and not torch._C._autograd._profiler_enabled()
     )
 

@@ -230,9 +230,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, offsets, seed, out, lse = ctx.saved_tensors
-        # The registered op refuses gradients of gradients.
-        refused = torch.is_grad_enabled()
-        run = torch.ops.pinet.ragged_attention_backward.default if refused else _backward_kernel
+        # The registered op refuses gradients of gradients, and is what batched backwards need.
+        is_direct = is_plain(grad) and not torch.is_grad_enabled()
+        run = _backward_kernel if is_direct else torch.ops.pinet.ragged_attention_backward.default
         grad_qkv = run(grad, qkv, offsets, ctx.max_len, ctx.dropout, seed, out, lse, ctx.backend)
         return grad_qkv, None, None, None, None, None
 

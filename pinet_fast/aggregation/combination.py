@@ -84,6 +84,7 @@ class Combination:
             )
         with profiling.GRAM:
             grams: Tensor = stratum_gram([g.values for _, g in touched])
+            whole = grams.sum(0)
         weights = None
         if isinstance(self.rule, ElementwiseRule):
             with profiling.COMBINE:
@@ -93,7 +94,7 @@ class Combination:
                 ]
         else:
             with profiling.RULE:
-                weights = self._weights(grams, present, rows)
+                weights = self._weights(grams, whole, present, rows)
             with profiling.COMBINE:
                 combined = _mixed(touched, weights)
         self.pending.write(combined)
@@ -104,7 +105,7 @@ class Combination:
             unit=rows.unit,
             losses=None if losses is None else reported_losses(losses),
             weights=weights,
-            gram=grams.sum(0),
+            gram=whole,
             leak=_leak_state(session),
         )
 
@@ -122,13 +123,14 @@ class Combination:
             weights=torch.tensor(weights, dtype=torch.float64),
         )
 
-    def _weights(self, grams: Tensor, present: Sequence[bool], rows: LossRows) -> Tensor:
+    def _weights(
+        self, grams: Tensor, whole: Tensor, present: Sequence[bool], rows: LossRows
+    ) -> Tensor:
         """Return the rule's weights, float64 [S] or [n_params, S]; absent strata weigh 0."""
         if isinstance(self.rule, ConstantRule):
             return grams.new_tensor(self.constant_weights(rows))
         assert isinstance(self.rule, GramRule)
-        gram = grams if self.rule.per_parameter else grams.sum(0)
-        return self.rule.stratum_weights(gram, present)
+        return self.rule.stratum_weights(grams if self.rule.per_parameter else whole, present)
 
 
 def _mixed(touched: Sequence[tuple[Tensor, StratumGradient]], weights: Tensor) -> list[Tensor]:
@@ -163,5 +165,7 @@ def _leak_state(session: Session) -> LeakState:
 
 def reported_losses(losses: StratumLosses) -> Tensor:
     """Return the stratum losses without graph, on the host; NaN for absent strata."""
-    absent = torch.tensor([not here for here in losses.rows.present])
-    return losses.values.detach().cpu().masked_fill(absent, torch.nan)
+    values, present = losses.values.detach().cpu(), losses.rows.present
+    if all(present):
+        return values.clone()
+    return values.masked_fill(torch.tensor([not here for here in present]), torch.nan)

@@ -29,7 +29,9 @@ def refuse_outside_envelope(
     """
     _refuse_ranks()
     _refuse_sharded(parameters, names)
-    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    # Nothing is captured before CUDA is initialised; asking for that is cheap.
+    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    capturing = initialised and torch.cuda.is_current_stream_capturing()
     if capturing and intercept and check.mode != "never":
         raise AggregationError(
             "stratify: a CUDA graph is being captured and the leak check reads results on the "

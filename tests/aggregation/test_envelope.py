@@ -89,7 +89,7 @@ def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_graph_capture_is_refused_while_the_check_is_armed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     model = nn.Linear(D, 1)
     opt = GradientAggregator(torch.optim.SGD(model.parameters(), lr=0.1), "agreement")

@@ -42,6 +42,15 @@ def test_plain_calls_are_the_op_without_the_dispatcher(monkeypatch, dropout):
         assert torch.equal(plain, registered)
 
 
+def test_batched_backwards_are_those_one_by_one():
+    qkv = QKV.clone().requires_grad_()
+    out = ragged_attention(qkv, OFFSETS, max_len=5)
+    grads = torch.randn(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, qkv, grads, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(out, qkv, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
 def test_who_looks_on_sees_the_op():
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
