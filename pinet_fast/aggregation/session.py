@@ -151,19 +151,21 @@ class Session:
         self._guard.is_expected = True
         self.interception.expect_backward()
         with gradients_apart(self.parameters), replay(self.interception):
-            if self.interception.uses and sum(present) > 1:
-                retained = retained_buffers() if self.is_traced else nullcontext()
-                with profiling.LEAK_CHECK, retained:
-                    self.saw_leak = self.check.run(
-                        self.interception.uses, losses.values, present, step, self.names,
-                        accept=self.attributes_leaks,
-                    )  # fmt: skip
-            torch.autograd.backward(
-                losses.values,
-                torch.ones_like(losses.values),
-                retain_graph=self.leaves.share_rows,
-            )
-            self.interception.note_calls()
+            try:
+                if self.interception.uses and sum(present) > 1:
+                    retained = retained_buffers() if self.is_traced else nullcontext()
+                    with profiling.LEAK_CHECK, retained:
+                        self.saw_leak = self.check.run(
+                            self.interception.uses, losses.values, present, step, self.names,
+                            accept=self.attributes_leaks,
+                        )  # fmt: skip
+                torch.autograd.backward(
+                    losses.values,
+                    torch.ones_like(losses.values),
+                    retain_graph=self.leaves.share_rows,
+                )
+            finally:  # an error, too, leaves calls behind
+                self.interception.note_calls()
             got_gradient = [p.grad is not None for p in self.parameters]
             collected = self.leaves.collect(self.parameters)
         self._refuse_outside(got_gradient)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pinet_fast.aggregation import GradientAggregator, StrataIndex, lane
+from pinet_fast.aggregation import GradientAggregator, StrataIndex, lane, stratifying
 from pinet_fast.models import SASRec
 
 if TYPE_CHECKING:
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(
     lane.refusal() is not None, reason=f"no compiled lane: {lane.refusal()}"
 )
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests compile models in this process, where the interception stays in Python."""
+    monkeypatch.setattr(stratifying, "is_compiler_used", lambda: False)
+
 
 B, L, D = 6, 5, 4
 STRATA = StrataIndex(torch.tensor([0, 0, 1, 1, 0, 1]), 2)
