@@ -137,7 +137,7 @@ def data_parallel(opt: GradientAggregator, model: nn.Sequential) -> None:
 
 def graph_capture(opt: GradientAggregator, model: nn.Sequential) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with opt.stratify(IDS):
             losses = losses_of(model)
