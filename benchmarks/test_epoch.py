@@ -212,7 +212,7 @@ def test_epoch_against_padded(
     assert result.ratio > 0
 
 
-@pytest.mark.parametrize("rule", ["agreement", "balanced"])
+@pytest.mark.parametrize("rule", ["agreement", "balanced", "mgda"])
 def test_deconfounded_epoch_over_joint(
     log: tuple[SequenceStore, int], rule: str, paired: Callable[..., Any], benchmark: Any
 ) -> None:

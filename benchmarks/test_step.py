@@ -94,7 +94,7 @@ def steps(
     ("rule", "loss"),
     [
         ("backdoor", "bce"), ("agreement", "bce"), ("balanced", "bce"), ("mgda", "bce"),
-        ("backdoor", "ce"), ("agreement", "ce"),
+        ("backdoor", "ce"), ("agreement", "ce"), ("balanced", "ce"), ("mgda", "ce"),
     ],
 )  # fmt: skip
 def test_aggregated_step(

@@ -72,6 +72,7 @@ class Session:
 
     Attributes:
         is_traced: Compiled models run as graphs that stratify; else they run eagerly.
+        is_stratified: Stratum gradients are wanted, in one pass or in S.
         is_finished: A backward on the scalar was aggregated.
         scalar: How the loop reduces its losses; None where they come as vectors.
         attributes_leaks: Where users mix, gradients count for the stratum of their row.
@@ -98,6 +99,7 @@ class Session:
         self.rows = BatchRows(strata, declared)
         self.check = check
         self.scalar: ScalarLoss | None = None
+        self.is_stratified = False
         self.attributes_leaks = False
         self.saw_leak = False
         self.leaves = VirtualLeaves(strata.num_strata)

@@ -145,15 +145,42 @@ class StratifyingOptimizer(OptimizerWrapper):
         _check_names(rows or {}, names)
         if parameters:
             index = index.to(parameters[0].device)
+        session = self._open(index, parameters, names, rows, reduction, row_weights)
+        self._session, self._inside = session, True
+        try:
+            with profiling.FORWARD, ExitStack() as stack:
+                if session.is_stratified:
+                    stack.enter_context(compiled_modules(run_graphs=session.is_traced))
+                if session.interception is not None:
+                    session.interception.prepare(self._dense_parameters)
+                    stack.enter_context(session.interception)
+                yield
+            if session.interception is not None:
+                self._dense_parameters = session.leaves.dense_parameters()
+        except BaseException:
+            self._session = None
+            raise
+        finally:
+            self._inside = False
+
+    def _open(
+        self,
+        index: StrataIndex,
+        parameters: list[Tensor],
+        names: list[str],
+        rows: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None,
+        reduction: Reduction | None,
+        row_weights: Tensor | None,
+    ) -> Session:
+        """Return the session of a forward; arguments as of :meth:`stratify`."""
         wanted = reduction is not None or self._wants_stratum_gradients()
         intercept = wanted and self.mode == "one-pass"
         if wanted:
             refuse_outside_envelope(parameters, names, check=self._check, intercept=intercept)
-        dense = [i for i in self._dense_parameters if i < len(parameters)]
         plan = self._plan if intercept and is_compiler_used() and can_trace() else None
         lane = None
         if intercept and plan is None and reduction is None and not rows:
-            lane = self._lanes.find(parameters, dense, self._check)
+            lane = self._lanes.find(parameters, self._dense_parameters, self._check)
         session = Session(
             parameters,
             names,
@@ -166,25 +193,11 @@ class StratifyingOptimizer(OptimizerWrapper):
             plan=plan,
             lane=lane,
         )
+        session.is_stratified = wanted
         session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:
             session.scalar = ScalarLoss.of(reduction, row_weights, session.rows)
-        self._session, self._inside = session, True
-        try:
-            with profiling.FORWARD, ExitStack() as stack:
-                if wanted:
-                    stack.enter_context(compiled_modules(run_graphs=session.is_traced))
-                if session.interception is not None:
-                    session.interception.prepare(dense)
-                    stack.enter_context(session.interception)
-                yield
-            if session.interception is not None:
-                self._dense_parameters = session.leaves.dense_parameters()
-        except BaseException:
-            self._session = None
-            raise
-        finally:
-            self._inside = False
+        return session
 
     @contextmanager
     def shared(self) -> Iterator[None]:

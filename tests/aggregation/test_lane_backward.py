@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from support.lanes import (
     WARM_UP,
     Batch,
+    D,
+    Deeper,
+    V,
     batches,
     bits,
     boundaries_in_python,
@@ -19,7 +22,7 @@ from support.lanes import (
     per_row,
     train,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from pinet_fast.aggregation.lane import refusal
 from pinet_fast.errors import AggregationError
@@ -29,33 +32,22 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
 
-V, D = 20, 6
 STEPS = batches(WARM_UP + 1)
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.items = nn.Embedding(V, D)
-        self.norm = nn.LayerNorm(D)
-        self.up = nn.Linear(D, D)
-        self.down = nn.Linear(D, D)
+def small(model: Deeper, batch: Batch) -> Tensor:
+    return per_row(model(batch))
 
 
-def small(model: Small, batch: Batch) -> Tensor:
-    x = model.items(batch.ids(V, batch.num_rows))
-    return per_row(model.down(x + F.gelu(model.up(model.norm(x)))))
-
-
-def lookup_alone(model: Small, batch: Batch) -> Tensor:
+def lookup_alone(model: Deeper, batch: Batch) -> Tensor:
     return per_row(model.items(batch.ids(V, batch.num_rows)))
 
 
-def linear_alone(model: Small, batch: Batch) -> Tensor:
+def linear_alone(model: Deeper, batch: Batch) -> Tensor:
     return per_row(model.up(batch.numbers(batch.num_rows, D)))
 
 
-def norm_alone(model: Small, batch: Batch) -> Tensor:
+def norm_alone(model: Deeper, batch: Batch) -> Tensor:
     return per_row(model.norm(batch.numbers(batch.num_rows, D)))
 
 
@@ -71,7 +63,7 @@ def both(
     """Return what ``then`` makes of a trained model and aggregator, with the lane and without."""
     found = []
     for on in (True, False):
-        trail = train(Small, STEPS, on=on, forward=forward)
+        trail = train(Deeper, STEPS, on=on, forward=forward)
         if on:
             assert trail.num_in_python[-1] == 0
         with lane(on), boundaries_in_python() as seen:
@@ -98,7 +90,7 @@ class Nothing(torch.autograd.Function):
 def test_no_gradient_at_all(which: str) -> None:
     """Weight decay moves a parameter whose gradient is zero, and not one that has none."""
 
-    def forward(model: Small, batch: Batch) -> Tensor:
+    def forward(model: Deeper, batch: Batch) -> Tensor:
         def stop(x: Tensor, layer: str) -> Tensor:
             is_last = layer == which and batch.seed >= 4
             return Nothing.apply(x) if is_last else x  # type: ignore[no-any-return, no-untyped-call]
@@ -110,16 +102,16 @@ def test_no_gradient_at_all(which: str) -> None:
     def decaying(named: Any) -> torch.optim.SGD:
         return torch.optim.SGD(named, lr=0.1, weight_decay=0.1)
 
-    ours, _ = compare(Small, batches(6), forward=forward, optimizer=decaying)
+    ours, _ = compare(Deeper, batches(6), forward=forward, optimizer=decaying)
     assert ours.num_in_python[-2:] == [0, 0]
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
 @pytest.mark.parametrize("is_inside", [False, True])
 def test_a_plain_backward_is_refused_and_the_next_step_is_good(
-    forward: Callable[[Small, Batch], Tensor], is_inside: bool
+    forward: Callable[[Deeper, Batch], Tensor], is_inside: bool
 ) -> None:
-    def then(model: Small, opt: Any, batch: Batch) -> Any:
+    def then(model: Deeper, opt: Any, batch: Batch) -> Any:
         def run() -> None:
             with opt.stratify(batch.index()):
                 loss = forward(model, batch).mean()
@@ -145,7 +137,7 @@ def test_a_plain_backward_is_refused_and_the_next_step_is_good(
 def test_a_graph_that_a_failed_forward_left_is_refused() -> None:
     kept = []
 
-    def then(model: Small, opt: Any, batch: Batch) -> Any:
+    def then(model: Deeper, opt: Any, batch: Batch) -> Any:
         def fail() -> None:
             with opt.stratify(batch.index()):
                 kept.append(small(model, batch))
@@ -167,7 +159,7 @@ def test_a_graph_that_a_failed_forward_left_is_refused() -> None:
 def test_the_gradient_of_something_in_between(is_inside: bool) -> None:
     """It may be asked for, and changes nothing."""
 
-    def then(model: Small, opt: Any, batch: Batch) -> Any:
+    def then(model: Deeper, opt: Any, batch: Batch) -> Any:
         with opt.stratify(batch.index()):
             x = model.items(batch.ids(V, batch.num_rows))
             h = model.norm(x)
@@ -184,8 +176,8 @@ def test_the_gradient_of_something_in_between(is_inside: bool) -> None:
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
-def test_a_second_backward_is_torchs_error(forward: Callable[[Small, Batch], Tensor]) -> None:
-    def then(model: Small, opt: Any, batch: Batch) -> Any:
+def test_a_second_backward_is_torchs_error(forward: Callable[[Deeper, Batch], Tensor]) -> None:
+    def then(model: Deeper, opt: Any, batch: Batch) -> Any:
         with opt.stratify(batch.index()):
             losses = forward(model, batch)
         opt.backward(losses)
@@ -198,7 +190,7 @@ def test_a_second_backward_is_torchs_error(forward: Callable[[Small, Batch], Ten
 
 @pytest.mark.parametrize("what", ["rows of linear", "rows of norm", "ids", "weight", "scale"])
 def test_what_was_saved_must_not_be_changed(what: str) -> None:
-    def then(model: Small, opt: Any, batch: Batch) -> Any:
+    def then(model: Deeper, opt: Any, batch: Batch) -> Any:
         ids = batch.ids(V, batch.num_rows)
         with opt.stratify(batch.index()):
             x = model.items(ids)
@@ -212,7 +204,7 @@ def test_what_was_saved_must_not_be_changed(what: str) -> None:
             changed.mul_(1)
         return outcome(lambda: opt.backward(losses))
 
-    def forward(model: Small, batch: Batch) -> Tensor:
+    def forward(model: Deeper, batch: Batch) -> Tensor:
         return per_row(model.up(model.norm(model.items(batch.ids(V, batch.num_rows)))))
 
     ours, theirs = both(forward, then)
@@ -222,8 +214,8 @@ def test_what_was_saved_must_not_be_changed(what: str) -> None:
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
-def test_gradients_of_gradients_are_refused(forward: Callable[[Small, Batch], Tensor]) -> None:
-    def inside(model: Small, opt: Any, batch: Batch) -> Any:
+def test_gradients_of_gradients_are_refused(forward: Callable[[Deeper, Batch], Tensor]) -> None:
+    def inside(model: Deeper, opt: Any, batch: Batch) -> Any:
         def run() -> None:
             with opt.stratify(batch.index()):
                 loss = forward(model, batch).sum()
@@ -237,14 +229,14 @@ def test_gradients_of_gradients_are_refused(forward: Callable[[Small, Batch], Te
 
 
 def test_gradients_of_gradients_of_rows_are_torchs_error() -> None:
-    def after(model: Small, opt: Any, batch: Batch) -> Any:
+    def after(model: Deeper, opt: Any, batch: Batch) -> Any:
         x = batch.numbers(batch.num_rows, D).requires_grad_()
         with opt.stratify(batch.index()):
             losses = per_row(model.down(model.up(model.norm(x))))
         (grad,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
         return outcome(lambda: grad.sum().backward())
 
-    def forward(model: Small, batch: Batch) -> Tensor:
+    def forward(model: Deeper, batch: Batch) -> Tensor:
         return per_row(model.down(model.up(model.norm(batch.numbers(batch.num_rows, D)))))
 
     ours, theirs = both(forward, after)
@@ -253,9 +245,9 @@ def test_gradients_of_gradients_of_rows_are_torchs_error() -> None:
 
 
 def test_gradients_are_checked_for_nan_where_asked() -> None:
-    def forward(model: Small, batch: Batch) -> Tensor:
+    def forward(model: Deeper, batch: Batch) -> Tensor:
         with torch.autograd.detect_anomaly(check_nan=True):
             return small(model, batch)
 
     with pytest.warns(UserWarning, match="Anomaly"):
-        compare(Small, batches(5), forward=forward)
+        compare(Deeper, batches(5), forward=forward)

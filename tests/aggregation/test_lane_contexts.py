@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.lanes import WARM_UP, Batch, batches, compare, lane, outcome, per_row, train
+from support.lanes import (
+    WARM_UP,
+    Batch,
+    D,
+    Small,
+    V,
+    batches,
+    compare,
+    lane,
+    outcome,
+    per_row,
+    train,
+)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,22 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
-
-V, D = 20, 6
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.items = nn.Embedding(V, D)
-        self.norm = nn.LayerNorm(D)
-        self.up = nn.Linear(D, D)
-
-    def above(self, x: Tensor) -> Tensor:
-        return x + F.gelu(self.up(self.norm(x)))
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.above(self.items(batch.ids(V, batch.num_rows)))
 
 
 def small(model: Small, batch: Batch) -> Tensor:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.lanes import (
     WARM_UP,
     Batch,
+    D,
+    Small,
+    V,
     batches,
     boundaries_in_python,
     compare,
@@ -31,20 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
-
-V, D = 20, 6
-
-
-class Small(nn.Module):
-    def __init__(self, dim: int = D) -> None:
-        super().__init__()
-        self.items = nn.Embedding(V, dim)
-        self.norm = nn.LayerNorm(dim)
-        self.up = nn.Linear(dim, dim)
-
-    def forward(self, batch: Batch) -> Tensor:
-        x = self.items(batch.ids(V, batch.num_rows))
-        return x + F.gelu(self.up(self.norm(x)))
 
 
 def small(model: Small, batch: Batch) -> Tensor:

@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support.lanes import (
     WARM_UP,
     Batch,
+    Small,
     Trail,
     assert_same,
     batches,
@@ -24,27 +24,13 @@ from support.lanes import (
     per_row,
     train,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from pinet_fast import _env, profiling
 from pinet_fast.aggregation import GradientAggregator, stratifying
 from pinet_fast.aggregation.lane import refusal
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
-
-V, D = 20, 6
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.items = nn.Embedding(V, D)
-        self.norm = nn.LayerNorm(D)
-        self.up = nn.Linear(D, D)
-
-    def forward(self, batch: Batch) -> Tensor:
-        x = self.items(batch.ids(V, batch.num_rows))
-        return x + F.gelu(self.up(self.norm(x)))
 
 
 def small(model: Small, batch: Batch) -> Tensor:
@@ -195,6 +181,13 @@ def test_the_lane_takes_the_kernels_of_a_forced_backend(monkeypatch: pytest.Monk
     ours, _ = with_lane_and_python()
     assert sum(ours.num_in_python[4:]) == 0
     assert all(op[1] == "reference" for op, _ in ours.entries[-1]["calls of kernels"])
+
+
+@pytest.mark.parametrize("dim", [256, 257])
+def test_weights_at_the_limit_of_the_fused_kernel(dim: int) -> None:
+    # 2**16 numbers: the lane and the backend in Python draw the line in the same place.
+    ours, _ = compare(lambda: Small(dim), batches(5), forward=small)
+    assert sum(ours.num_in_python[4:]) == 0
 
 
 def test_declared_rows_and_reduced_losses_have_no_lane() -> None:

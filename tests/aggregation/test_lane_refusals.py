@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.lanes import WARM_UP, Batch, batches, bits, lane, outcome, per_row, train
-from torch import Tensor, nn
+from support.lanes import WARM_UP, Batch, D, Deeper, V, batches, bits, lane, outcome, per_row, train
+from torch import Tensor
 
 from pinet_fast.aggregation.lane import refusal
 from pinet_fast.errors import AggregationError
@@ -18,25 +18,14 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
 
-V, D = 20, 6
 STEPS = batches(WARM_UP + 1)
 
 
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.items = nn.Embedding(V, D)
-        self.norm = nn.LayerNorm(D)
-        self.up = nn.Linear(D, D)
-        self.down = nn.Linear(D, D)
+def small(model: Deeper, batch: Batch) -> Tensor:
+    return per_row(model(batch))
 
 
-def small(model: Small, batch: Batch) -> Tensor:
-    x = model.items(batch.ids(V, batch.num_rows))
-    return per_row(model.down(x + F.gelu(model.up(model.norm(x)))))
-
-
-WRONG: dict[str, Callable[[Small, Batch], Any]] = {
+WRONG: dict[str, Callable[[Deeper, Batch], Any]] = {
     "width of linear": lambda m, b: m.up(b.numbers(b.num_rows, D + 1)),
     "width of norm": lambda m, b: m.norm(b.numbers(b.num_rows, D + 1)),
     "dtype of linear": lambda m, b: m.up(b.numbers(b.num_rows, D, dtype=torch.float64)),
@@ -55,7 +44,7 @@ WRONG: dict[str, Callable[[Small, Batch], Any]] = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_torch_refuses_is_refused_in_its_words(what: str) -> None:
-    def then(model: Small, opt: Any, batch: Batch) -> Any:
+    def then(model: Deeper, opt: Any, batch: Batch) -> Any:
         def run() -> None:
             with opt.stratify(batch.index()):
                 WRONG[what](model, batch)
@@ -68,11 +57,11 @@ def test_what_torch_refuses_is_refused_in_its_words(what: str) -> None:
 
     found = []
     for on in (True, False):
-        trail = train(Small, STEPS, on=on, forward=small)
+        trail = train(Deeper, STEPS, on=on, forward=small)
         with lane(on):
             trail.optimizer.zero_grad()
             found.append(then(trail.model, trail.optimizer, STEPS[-1]))
-    plain = outcome(lambda: WRONG[what](Small(), STEPS[-1]))
+    plain = outcome(lambda: WRONG[what](Deeper(), STEPS[-1]))
     assert plain is not None
     assert found[0] == found[1]
     assert found[0][0][0] is plain[0]
@@ -81,13 +70,13 @@ def test_what_torch_refuses_is_refused_in_its_words(what: str) -> None:
 def test_a_plain_backward_that_reaches_only_what_python_made() -> None:
     """The first use of a weight is the lane's and leads nowhere, a further one is Python's."""
 
-    def forward(model: Small, batch: Batch) -> Tensor:
+    def forward(model: Deeper, batch: Batch) -> Tensor:
         y = model.up(batch.numbers(batch.num_rows, D))
         return per_row(model.up(y.detach()) if batch.seed == 100 else y)
 
     found = []
     for on in (True, False):
-        trail = train(Small, STEPS, on=on, forward=forward)
+        trail = train(Deeper, STEPS, on=on, forward=forward)
         batch = batches(1)[0]
         batch.seed = 100
         with lane(on):

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pinet_fast import _env
 from pinet_fast.aggregation import GradientAggregator, StrataIndex, stratifying
@@ -20,10 +21,39 @@ from pinet_fast.kernels import _registry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import nn
+
+V, D = 20, 6
+"""Rows and width of the small models' tables."""
 
 WARM_UP = 3
 """Steps after which the sites of a simple model are settled and its dense leaves known."""
+
+
+class Small(nn.Module):
+    """A table, a norm and a layer: the three boundaries that a lane makes."""
+
+    def __init__(self, dim: int = D) -> None:
+        super().__init__()
+        self.items = nn.Embedding(V, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.up = nn.Linear(dim, dim)
+
+    def above(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.up(self.norm(x)))
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.above(self.items(batch.ids(V, batch.num_rows)))
+
+
+class Deeper(Small):
+    """With a layer more."""
+
+    def __init__(self, dim: int = D) -> None:
+        super().__init__(dim)
+        self.down = nn.Linear(dim, dim)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.down(super().forward(batch))
 
 
 @dataclass

@@ -64,7 +64,7 @@ PyTypeObject* make_lane_type();
 // 1: a root, or a view of one, is among values, so that Python looks closer; 0: none; -1: an error.
 int meets_root(const Lane* lane, PyObject* value);
 
-// Compilers of the old kind, transforms and dispatch modes: nothing may be hidden from them.
+// Whether jit.trace, a transform or a dispatch mode is to see every op: then nothing is made here.
 bool sees_every_op();
 
 // The result of a call that is a boundary, made here; null without an error: Python decides.

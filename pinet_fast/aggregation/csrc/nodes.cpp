@@ -6,7 +6,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <array>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
@@ -20,12 +20,14 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kFusedWeight = 1 << 16;  // as in kernels/stratified_linear/_cpp.py
 
+// Calls an op; returns the stack with its results.
 template <class... Args>
-void call(const c10::OperatorHandle& op, Args&&... args) {
+torch::jit::Stack call(const c10::OperatorHandle& op, Args&&... args) {
   torch::jit::Stack stack;
   stack.reserve(sizeof...(args));
   (stack.emplace_back(std::forward<Args>(args)), ...);
   op.callBoxed(stack);
+  return stack;
 }
 
 c10::OperatorHandle find(const char* name) {
@@ -34,23 +36,18 @@ c10::OperatorHandle find(const char* name) {
 
 // What an op of kernels/ returns, its wanted results in order; Python chooses the backend.
 template <class... Args>
-void call_op(const c10::OperatorHandle& op, const std::array<bool, 3>& wanted, variable_list& out,
-             Args&&... args) {
-  torch::jit::Stack stack;
-  (stack.emplace_back(std::forward<Args>(args)), ...);
-  op.callBoxed(stack);
+variable_list call_op(const c10::OperatorHandle& op, const Wanted& wanted, Args&&... args) {
+  const torch::jit::Stack stack = call(op, std::forward<Args>(args)...);
   const std::vector<at::Tensor> found = stack.back().toTensorVector();
+  variable_list out(wanted.size());
   size_t next = 0;
   for (size_t i = 0; i < wanted.size(); ++i)
     if (wanted[i]) out[i] = found.at(next++);
+  return out;
 }
 
 bool has_tuned_blas() {
-  static const bool is_tuned = [] {
-    torch::jit::Stack stack;
-    find("pinet_cpp::cpu_has_tuned_blas").callBoxed(stack);
-    return stack.back().toBool();
-  }();
+  static const bool is_tuned = call(find("pinet_cpp::cpu_has_tuned_blas")).back().toBool();
   return is_tuned;
 }
 
@@ -75,10 +72,15 @@ at::Tensor arrived(const Boundary& node, const variable_list& grads) {
   return grads[0].defined() ? grads[0] : node.input_metadata(0).zeros_like();
 }
 
-// Whether the gradients of rows, weight and bias are wanted.
-template <class T>
-std::array<bool, 3> all_wanted(const T& node) {
-  return {node.wants(0), node.wants(1), node.wants(2)};
+// Room for a gradient, where it is wanted.
+std::optional<at::Tensor> room(bool is_wanted, at::IntArrayRef sizes, const at::Tensor& like) {
+  return is_wanted ? std::optional(at::empty(sizes, like.options())) : std::nullopt;
+}
+
+variable_list found(std::initializer_list<std::optional<at::Tensor>> gradients) {
+  variable_list out;
+  for (const auto& gradient : gradients) out.push_back(gradient.value_or(at::Tensor()));
+  return out;
 }
 
 template <class T>
@@ -96,8 +98,6 @@ at::Tensor attach(at::Tensor out, const c10::intrusive_ptr<T>& node, edge_list&&
 struct Linear final : Boundary {
   SavedVariable rows, weight;
 
-  bool wants(size_t i) const { return task_should_compute_output(i); }
-
   std::string name() const override { return "StratifiedLinearBackward"; }
 
   void release_variables() override {
@@ -109,30 +109,27 @@ struct Linear final : Boundary {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const at::Tensor grad = arrived(*this, grads);
-    check_expected(task_should_compute_output(1) || task_should_compute_output(2));
+    check_expected(wants_strata());
     const at::Tensor x = rows.unpack(), w = weight.unpack();
-    variable_list out(3);
+    variable_list out;
     {
       at::NoGradGuard no_grad;
-      compute(grad, x, w, out);
+      out = compute(grad, x, w);
     }
     return once(std::move(out), grad);
   }
 
-  void compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w,
-               variable_list& out) const {
+  variable_list compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& w) const {
+    const Wanted wanted = all_wanted();
     if (!forward->has_kernels) {
       static const auto op = find("pinet::stratified_linear_backward");
-      const auto wanted = all_wanted(*this);
-      call_op(op, wanted, out, grad, x, w, groups->ids, groups->offsets, groups->order, wanted[0],
-              wanted[1], wanted[2], std::string(), std::string("ieee"));
-      return;
+      return call_op(op, wanted, grad, x, w, groups->ids, groups->offsets, groups->order, wanted[0],
+                     wanted[1], wanted[2], std::string(), std::string("ieee"));
     }
     const int64_t strata = groups->num_strata(), wide = w.size(0), deep = w.size(1);
-    std::optional<at::Tensor> for_rows, for_weight, for_bias;
-    if (task_should_compute_output(0)) for_rows = at::empty({x.size(0), deep}, x.options());
-    if (task_should_compute_output(1)) for_weight = at::empty({strata, wide, deep}, x.options());
-    if (task_should_compute_output(2)) for_bias = at::empty({strata, wide}, x.options());
+    const auto for_rows = room(wanted[0], {x.size(0), deep}, x);
+    const auto for_weight = room(wanted[1], {strata, wide, deep}, x);
+    const auto for_bias = room(wanted[2], {strata, wide}, x);
     const bool is_fused = x.scalar_type() == at::kFloat && strata > 1 &&
                           wide * deep <= kFusedWeight && !has_tuned_blas();
     if (is_fused) {
@@ -149,16 +146,12 @@ struct Linear final : Boundary {
            for_weight, for_bias);
     }
     ++forward->calls->linear;
-    if (for_rows) out[0] = std::move(*for_rows);
-    if (for_weight) out[1] = std::move(*for_weight);
-    if (for_bias) out[2] = std::move(*for_bias);
+    return found({for_rows, for_weight, for_bias});
   }
 };
 
 struct LayerNorm final : Boundary {
   SavedVariable rows, mean, rstd, weight;
-
-  bool wants(size_t i) const { return task_should_compute_output(i); }
 
   std::string name() const override { return "StratifiedLayerNormBackward"; }
 
@@ -170,37 +163,33 @@ struct LayerNorm final : Boundary {
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);
     const at::Tensor grad = arrived(*this, grads);
-    check_expected(task_should_compute_output(1) || task_should_compute_output(2));
+    check_expected(wants_strata());
     const at::Tensor x = rows.unpack(), w = weight.unpack();
     const at::Tensor m = mean.unpack(), r = rstd.unpack();
-    variable_list out(3);
+    variable_list out;
     {
       at::NoGradGuard no_grad;
-      compute(grad, x, m.flatten(), r.flatten(), w.contiguous(), out);
+      out = compute(grad, x, m.flatten(), r.flatten(), w.contiguous());
     }
     return once(std::move(out), grad);
   }
 
-  void compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& m,
-               const at::Tensor& r, const at::Tensor& w, variable_list& out) const {
+  variable_list compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& m,
+                        const at::Tensor& r, const at::Tensor& w) const {
+    const Wanted wanted = all_wanted();
     const int64_t strata = groups->num_strata(), deep = w.size(0);
     if (!forward->has_kernels) {
       static const auto op = find("pinet::stratified_norm_backward");
-      const auto wanted = all_wanted(*this);
-      call_op(op, wanted, out, grad, x, m, r, w, groups->ids, strata, wanted[0], wanted[1],
-              wanted[2], std::string());
-      return;
+      return call_op(op, wanted, grad, x, m, r, w, groups->ids, strata, wanted[0], wanted[1],
+                     wanted[2], std::string());
     }
-    std::optional<at::Tensor> for_rows, for_weight, for_bias;
-    if (task_should_compute_output(0)) for_rows = at::empty({x.size(0), deep}, x.options());
-    if (task_should_compute_output(1)) for_weight = at::empty({strata, deep}, x.options());
-    if (task_should_compute_output(2)) for_bias = at::empty({strata, deep}, x.options());
+    const auto for_rows = room(wanted[0], {x.size(0), deep}, x);
+    const auto for_weight = room(wanted[1], {strata, deep}, x);
+    const auto for_bias = room(wanted[2], {strata, deep}, x);
     static const auto op = find("pinet_cpp::stratified_norm_backward");
     call(op, grad, x, m, r, w, groups->ids, strata, for_rows, for_weight, for_bias);
     ++forward->calls->norm;
-    if (for_rows) out[0] = std::move(*for_rows);
-    if (for_weight) out[1] = std::move(*for_weight);
-    if (for_bias) out[2] = std::move(*for_bias);
+    return found({for_rows, for_weight, for_bias});
   }
 };
 

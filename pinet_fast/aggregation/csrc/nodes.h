@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -38,10 +39,22 @@ struct Forward {
   std::atomic<bool> is_expected{false};  // it is
 };
 
+// Whether the gradients of rows, weight and bias are wanted.
+using Wanted = std::array<bool, 3>;
+
 struct Boundary : torch::autograd::Node {
   std::shared_ptr<Forward> forward;
   std::shared_ptr<const Groups> groups;
   int kind = 0;  // which groups of the forward
+
+  Wanted all_wanted() const {
+    return {task_should_compute_output(0), task_should_compute_output(1),
+            task_should_compute_output(2)};
+  }
+
+  bool wants_strata() const {
+    return task_should_compute_output(1) || task_should_compute_output(2);
+  }
 
   // Only the aggregator's backward may leave gradients in virtual leaves.
   void check_expected(bool reaches_leaves) const {
