@@ -59,16 +59,8 @@ def test_a_run_trains_and_writes_what_it_found(
 ) -> None:
     rows = sequences()
     users = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    pq.write_table(
-        pa.table({"user": users, "item": np.concatenate(rows)}), tmp_path / "log.parquet"
-    )
-    arguments = [
-        str(tmp_path / "log.parquet"),
-        "--epochs",
-        "3",
-        "--out",
-        str(tmp_path / "out.json"),
-    ]
+    log, out = tmp_path / "log.parquet", tmp_path / "out.json"
+    pq.write_table(pa.table({"user": users, "item": np.concatenate(rows)}), log)
     threads = torch.get_num_threads()
     try:
         assert padded.main([str(log), "--epochs", "3", "--out", str(out)]) == 0
