@@ -53,19 +53,25 @@ def is_compiler_used() -> bool:
     return any(backend is not None for backend in backends.values())
 
 
-def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
-    """Have compiled models run as graphs that stratify, or eagerly: others hide their boundaries.
+def refuse_compiled_step() -> None:
+    """Refuse a ``stratify`` that compiled code enters, before any of its own code is compiled.
 
     Raises:
         AggregationError: torch.compile runs this call itself.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
-        return nullcontext()
+    if "torch._dynamo" not in sys.modules:
+        return
     if torch.compiler.is_compiling():
         raise AggregationError(_TRACED)
     callback = frame_callback()
     if callback is not None and callback() not in (None, False):
         raise AggregationError(_TRACED)
+
+
+def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
+    """Have compiled models run as graphs that stratify or eagerly: others hide boundaries."""
+    if "torch._dynamo" not in sys.modules:  # nothing can be compiled, and the import takes seconds
+        return nullcontext()
     if run_graphs:
         return retained_buffers()
     stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")

@@ -15,6 +15,7 @@ from pinet_fast.aggregation.compiler_names import can_trace
 from pinet_fast.aggregation.envelope import (
     compiled_modules,
     is_compiler_used,
+    refuse_compiled_step,
     refuse_outside_envelope,
 )
 from pinet_fast.aggregation.lane import Lanes
@@ -137,6 +138,9 @@ class StratifyingOptimizer(OptimizerWrapper):
                 'stratify: mode="exact" needs the losses of the rows; call opt.backward(losses) '
                 "instead of reduction="
             )
+        wanted = reduction is not None or self._wants_stratum_gradients()
+        if wanted:
+            refuse_compiled_step()
         self._alias()
         index = self._strata_index(strata, num_strata, lengths)
         parameters, names = self._parameters()
@@ -145,7 +149,7 @@ class StratifyingOptimizer(OptimizerWrapper):
         _check_names(rows or {}, names)
         if parameters:
             index = index.to(parameters[0].device)
-        session = self._open(index, parameters, names, rows, reduction, row_weights)
+        session = self._open(index, parameters, names, wanted, rows, reduction, row_weights)
         self._session, self._inside = session, True
         try:
             with profiling.FORWARD, ExitStack() as stack:
@@ -168,12 +172,22 @@ class StratifyingOptimizer(OptimizerWrapper):
         index: StrataIndex,
         parameters: list[Tensor],
         names: list[str],
+        wanted: bool,
         rows: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None,
         reduction: Reduction | None,
         row_weights: Tensor | None,
     ) -> Session:
-        """Return the session of a forward; arguments as of :meth:`stratify`."""
-        wanted = reduction is not None or self._wants_stratum_gradients()
+        """Return the session of a forward.
+
+        Args:
+            index: The batch's strata, on the device of the parameters.
+            parameters: The trainable ones.
+            names: Theirs.
+            wanted: Whether stratum gradients are.
+            rows: As of :meth:`stratify`, as all that follow.
+            reduction: Or None.
+            row_weights: Or None.
+        """
         intercept = wanted and self.mode == "one-pass"
         if wanted:
             refuse_outside_envelope(parameters, names, check=self._check, intercept=intercept)
