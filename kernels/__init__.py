@@ -4,6 +4,7 @@ Importing this loads no Triton, no compiled library and no driver; the first cal
 """
 
 from ._registry import backend_status, describe_status, explain
+from .dropout_mask import dropout_mask
 from .ragged_attention import ragged_attention
 from .routed_linear import routed_linear
 from .stratified_embedding import stratified_embedding_add, stratified_embedding_reduce
@@ -17,6 +18,7 @@ from .stratum_sums import stratum_sums
 __all__ = [
     "backend_status",
     "describe_status",
+    "dropout_mask",
     "explain",
     "ragged_attention",
     "routed_linear",

@@ -19,7 +19,7 @@ CACHE = "PINET_FAST_CACHE"
 
 
 _RAW: dict[bytes, bytes] | None = getattr(os.environ, "_data", None) if os.name == "posix" else None
-_RAW_BACKEND = os.fsencode(BACKEND)
+_RAW_BACKEND, _RAW_LANE = os.fsencode(BACKEND), os.fsencode(LANE)
 
 
 def forced_backend() -> str | None:
@@ -35,6 +35,8 @@ def forced_backend() -> str | None:
 
 def lane_enabled() -> bool:
     """Return whether ``PINET_FAST_LANE`` leaves the lane on."""
+    if _RAW is not None and _RAW_LANE not in _RAW:
+        return True
     return os.environ.get(LANE) != "0"
 
 

@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY(pinet_cpp, m) {
       " Tensor? order, Tensor(a!)? grad_rows, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias)"
       " -> ()");
   m.def("cpu_has_tuned_blas() -> bool");
+  m.def("dropout_mask(float rate, int seed, Tensor(a!) out) -> ()");
   m.def(
       "ragged_attention(Tensor qkv, Tensor offsets, float dropout, int seed, Tensor(a!) out,"
       " Tensor(b!) lse) -> ()");

@@ -1,5 +1,5 @@
 """The weighted sum of the stratum gradients of every parameter."""
 
-from .op import cost, stratum_combine
+from .op import combine_unchecked, cost, stratum_combine
 
-__all__ = ["cost", "stratum_combine"]
+__all__ = ["combine_unchecked", "cost", "stratum_combine"]

@@ -11,7 +11,8 @@ from pinet_fast import profiling
 from pinet_fast.aggregation.report import AggregationReport, LeakState
 from pinet_fast.aggregation.rules import ConstantRule, ElementwiseRule, GramRule, Rule
 from pinet_fast.errors import AggregationError
-from pinet_fast.kernels import stratum_combine, stratum_gram
+from pinet_fast.kernels import stratum_gram
+from pinet_fast.kernels.stratum_combine import combine_unchecked
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -143,11 +144,11 @@ def _mixed(touched: Sequence[tuple[Tensor, StratumGradient]], weights: Tensor) -
     for device in dict.fromkeys([out.device for out in outs]):
         here = [i for i, out in enumerate(outs) if out.device == device]
         of_these = weights if weights.dim() == 1 or len(here) == len(outs) else weights[here]
-        stratum_combine(
+        combine_unchecked(
             [touched[i][1].values for i in here],
             of_these.to(device),
             [outs[i] for i in here],
-            rows=[None if touched[i][1].is_sparse else touched[i][1].rows for i in here],
+            [None if touched[i][1].is_sparse else touched[i][1].rows for i in here],
         )
     return [
         g.spread(out, p) if g.is_sparse else out for (p, g), out in zip(touched, outs, strict=True)

@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 FRAME_CALLBACK = "torch._C._dynamo.eval_frame:get_eval_frame_callback"
 NEEDED = (
@@ -27,6 +28,10 @@ NEEDED = (
     "torch._functorch.config:donated_buffer",
 )
 """As ``pkgutil.resolve_name`` takes them; a test compares them with what the code uses."""
+
+
+STANCES = ("torch._dynamo.eval_frame:_set_stance", "torch._dynamo.eval_frame:DynamoStance")
+"""Where a torch lacks one of these, its public ``set_stance`` serves, at ten times the cost."""
 
 
 @functools.cache
@@ -50,6 +55,37 @@ def frame_callback() -> Callable[[], object] | None:
         return None
     found: Callable[[], object] = pkgutil.resolve_name(FRAME_CALLBACK)
     return found
+
+
+class _EagerStance:
+    """The stance ``force_eager`` while entered, without the calls of torch's own context."""
+
+    def __init__(self, change: Callable[[object], object], eager: object) -> None:
+        self._change, self._eager = change, eager
+        self._before: list[object] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self._change(self._eager))
+
+    def __exit__(self, *error: object) -> None:
+        self._change(self._before.pop())
+
+
+def eager_stance() -> AbstractContextManager[None]:
+    """Return a context in which what is compiled runs eagerly."""
+    found = _quick_stance()
+    if found is None:
+        stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+        return stance
+    return found
+
+
+@functools.cache
+def _quick_stance() -> _EagerStance | None:
+    if not all(map(_is_there, STANCES)):
+        return None
+    change, kind = map(pkgutil.resolve_name, STANCES)
+    return _EagerStance(change, kind("force_eager"))
 
 
 def _is_there(name: str) -> bool:

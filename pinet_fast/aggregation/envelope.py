@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pinet_fast.aggregation.compiler_names import frame_callback
+from pinet_fast.aggregation.compiler_names import eager_stance, frame_callback
 from pinet_fast.errors import AggregationError
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def compiled_modules(*, run_graphs: bool) -> AbstractContextManager[None]:
         return nullcontext()
     if run_graphs:
         return retained_buffers()
-    stance: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
-    return stance
+    return eager_stance()
 
 
 @contextmanager
@@ -115,6 +114,8 @@ def _refuse_ranks() -> None:
 def _refuse_sharded(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
     module = sys.modules.get("torch.distributed.tensor")  # nobody has one without this import
     if module is None:
+        return
+    if not any(issubclass(kind, module.DTensor) for kind in {*map(type, parameters)}):
         return
     for p, name in zip(parameters, names, strict=True):
         if isinstance(p, module.DTensor):

@@ -11,6 +11,8 @@ from torch import Tensor
 from pinet_fast.errors import AggregationError, ConfigError, RowLayoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pinet_fast.aggregation.rows import BatchRows
     from pinet_fast.aggregation.strata_index import RowGroups
 
@@ -76,14 +78,15 @@ def stratum_losses(losses: Tensor, weights: Tensor | None, rows: BatchRows) -> S
     flat = losses.flatten()
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
-    totals = _totals(groups, None if weights is None else weights.to(flat))
     zeros = flat.new_zeros(groups.num_strata)
     if weights is None:  # the factor of a stratum comes last: two passes over the rows less
-        values = zeros.index_add(0, groups.ids, flat) * totals.clamp_min(1).reciprocal().to(flat)
-    else:
-        scale = torch.where(totals > 0, totals.clamp_min(torch.finfo(totals.dtype).tiny), 1.0)
-        factors = weights.flatten().to(flat) / scale.to(flat)[groups.ids]
-        values = zeros.index_add(0, groups.ids, flat * factors)
+        factors = flat.new_tensor([1.0 / max(count, 1) for count in groups.counts])
+        values = zeros.index_add(0, groups.ids, flat) * factors
+        return StratumLosses(values, LossRows(groups.counts, _as_totals(groups.counts), unit))
+    totals = _totals(groups, weights.to(flat))
+    scale = torch.where(totals > 0, totals.clamp_min(torch.finfo(totals.dtype).tiny), 1.0)
+    factors = weights.flatten().to(flat) / scale.to(flat)[groups.ids]
+    values = zeros.index_add(0, groups.ids, flat * factors)
     return StratumLosses(values, LossRows(groups.counts, tuple(totals.tolist()), unit))
 
 
@@ -127,10 +130,12 @@ class ScalarLoss:
                 groups, unit = index.events, "events"
         else:
             groups, unit = _loss_rows(tuple(row_weights.shape), rows, "stratify: row_weights")
-        totals = _totals(groups, None if row_weights is None else row_weights.float()).tolist()
+        totals = _as_totals(groups.counts)
+        if row_weights is not None:
+            totals = tuple(_totals(groups, row_weights.float()).tolist())
         whole = sum(totals) if reduction == "mean" else 1.0
         factors = tuple(whole / total if total > 0 else 0.0 for total in totals)
-        return cls(LossRows(groups.counts, tuple(totals), unit), factors)
+        return cls(LossRows(groups.counts, totals, unit), factors)
 
 
 def _loss_rows(shape: tuple[int, ...], rows: BatchRows, what: str) -> tuple[RowGroups, str]:
@@ -144,10 +149,13 @@ def _loss_rows(shape: tuple[int, ...], rows: BatchRows, what: str) -> tuple[RowG
     return rows.groups_of(layout, shape), layout.kind
 
 
-def _totals(groups: RowGroups, weights: Tensor | None) -> Tensor:
+def _as_totals(counts: Sequence[int]) -> tuple[float, ...]:
+    """Return the summed weights of every stratum where every row counts alike."""
+    return tuple(map(float, counts))
+
+
+def _totals(groups: RowGroups, weights: Tensor) -> Tensor:
     """Return the summed weights of every stratum, [S]."""
-    if weights is None:
-        return torch.tensor(groups.counts, dtype=torch.float64, device=groups.ids.device)
     if bool((weights < 0).any()):
         raise AggregationError(
             f"backward: weights must be >= 0; got a minimum of {float(weights.min())}"

@@ -129,8 +129,8 @@ def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def gradients_apart(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None]]:
-    """Catch what reaches ``p.grad`` inside; gradients from before and hooks are put back after."""
+def gradients_apart(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Have ``p.grad`` start empty inside; gradients from before and hooks are put back after."""
     before = [p.grad for p in parameters]
     hooked = [
         (p, name, hooks)
@@ -140,14 +140,14 @@ def gradients_apart(parameters: Sequence[Tensor]) -> Iterator[list[Tensor | None
     ]
     for p, name, _ in hooked:
         setattr(p, name, OrderedDict())  # None would leave post-accumulate hooks installed
-    caught: list[Tensor | None] = []
-    for p in parameters:
-        p.grad = None
+    for p, grad in zip(parameters, before, strict=True):
+        if grad is not None:
+            p.grad = None
     try:
-        yield caught
-        caught.extend([p.grad for p in parameters])
+        yield
     finally:
         for p, grad in zip(parameters, before, strict=True):
-            p.grad = grad
+            if p.grad is not grad:
+                p.grad = grad
         for p, name, hooks in hooked:
             setattr(p, name, hooks)

@@ -190,10 +190,10 @@ class Session:
         """Run one backward a stratum over the joint graph: right for any loss, S times the cost."""
         parts: list[list[Tensor | None]] = []
         for total, loss in zip(losses.rows.totals, losses.values, strict=True):
-            with gradients_apart(self.parameters) as gradients:
+            with gradients_apart(self.parameters):
                 if total > 0:
                     torch.autograd.backward(loss, retain_graph=True)
-            parts.append(list(gradients))
+                parts.append([p.grad for p in self.parameters])
         strata: list[StratumGradient | None] = []
         for p, grads in zip(self.parameters, zip(*parts, strict=True), strict=True):
             known = [g for g in grads if g is not None]

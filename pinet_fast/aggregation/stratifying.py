@@ -143,10 +143,11 @@ class StratifyingOptimizer(OptimizerWrapper):
             refuse_compiled_step()
         self._alias()
         index = self._strata_index(strata, num_strata, lengths)
-        parameters, names = self._parameters()
-        self._forget_others(parameters)
-        self._names = names  # as the leak check's sites count them
-        _check_names(rows or {}, names)
+        parameters = self._parameters()
+        self._know(parameters)
+        names = self._names
+        if rows:
+            _check_names(rows, names)
         if parameters:
             index = index.to(parameters[0].device)
         session = self._open(index, parameters, names, wanted, rows, reduction, row_weights)
@@ -263,11 +264,16 @@ class StratifyingOptimizer(OptimizerWrapper):
             )
         return strata
 
-    def _forget_others(self, parameters: list[Tensor]) -> None:
+    def _know(self, parameters: list[Tensor]) -> None:
         """Forget what was proven where parameters were frozen or thawed: it counts positions."""
-        known, self._known_parameters = self._known_parameters, parameters
-        if len(known) <= len(parameters) and all(map(operator.is_, known, parameters)):
-            return  # the same, or some more
+        known = self._known_parameters
+        are_there = len(known) <= len(parameters) and all(map(operator.is_, known, parameters))
+        if are_there and len(known) == len(parameters):
+            return
+        self._known_parameters = parameters
+        self._names = self._parameter_names()
+        if are_there:
+            return  # these and some more
         self._check.forget()
         self._slice_proofs.clear()
         self._dense_parameters = []

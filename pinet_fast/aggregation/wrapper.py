@@ -36,17 +36,19 @@ class OptimizerWrapper(Optimizer):
         self.state = self.inner.state
         self.defaults = self.inner.defaults
 
-    def _parameters(self) -> tuple[list[Tensor], list[str]]:
-        """Return the trainable parameters and their names, for messages."""
-        parameters: list[Tensor] = []
+    def _parameters(self) -> list[Tensor]:
+        """Return the trainable parameters."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _parameter_names(self) -> list[str]:
+        """Return the names of the trainable parameters, for messages."""
         names: list[str] = []
         for g, group in enumerate(self.param_groups):
             known = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 if p.requires_grad:
-                    parameters.append(p)
                     names.append(known[i] if known else f"parameter {i} of group {g}")
-        return parameters, names
+        return names
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

@@ -73,17 +73,17 @@ class GRU4Rec(SequenceModel):
             with torch.no_grad():
                 table.weight[0].zero_()
 
-    def hidden(self, values: Tensor, offsets: Tensor) -> Tensor:
+    def states(self, items: Tensor, offsets: Tensor) -> Tensor:
         """Return the state after every event.
 
         Args:
-            values: Item ids of all users' windows, int64 [T].
+            items: Rows of the item table for all users' windows, [T, d].
             offsets: Row offsets of the users, int64 [B + 1].
 
         Returns:
             [T, d].
         """
-        x: Tensor = self.dropout(self.items(values))
+        x: Tensor = self.dropout(items)
         plan = StepPlan(offsets)
         for layer in self.layers:
             x = self.dropout(layer(x, plan))

@@ -146,15 +146,42 @@ class EventLoss:
         Raises:
             ConfigError: The batch lacks what the loss needs.
         """
+        items = self.candidates(batch)
+        if items is not None:
+            return self.of_scores(table.candidate_scores(hidden, items), table, batch)
         with rows_alone():
             targets = event_targets(batch)
         if self.name == "ce":
             return F.cross_entropy(table.scores(hidden), targets, reduction="none")
-        positive, others = self._scores(table, hidden, targets, batch)
+        others = table.pool_scores(hidden, self._drawn(batch))
+        positive = table.candidate_scores(hidden, targets.unsqueeze(1)).squeeze(1)
         with rows_alone():
-            return self._of_scores(table, positive, others, targets, batch)
+            return self._of_parts(table, positive, others, targets, batch)
 
-    def _of_scores(
+    def candidates(self, batch: RaggedBatch) -> Tensor | None:
+        """Return the items that are scored for each event, its target first, int64 [T, 1 + n].
+
+        None where all events are scored on the same items: the catalogue, or a pool.
+
+        Raises:
+            ConfigError: The batch lacks what the loss needs.
+        """
+        if self.name == "ce":
+            return None
+        negatives = self._drawn(batch)
+        if negatives.dim() == 1:
+            return None
+        with rows_alone():
+            targets = event_targets(batch).unsqueeze(1)
+            return torch.cat([targets, by_event(negatives, batch)], 1)
+
+    def of_scores(self, scores: Tensor, table: ItemScores, batch: RaggedBatch) -> Tensor:
+        """Return the loss of every event, [T], from the scores of its candidates, [T, 1 + n]."""
+        with rows_alone():
+            targets = event_targets(batch)
+            return self._of_parts(table, scores[:, 0], scores[:, 1:], targets, batch)
+
+    def _of_parts(
         self,
         table: ItemScores,
         positive: Tensor,
@@ -177,23 +204,6 @@ class EventLoss:
         log_q = by_event(batch.negatives_log_q, batch)
         is_target = by_event(self._drawn(batch), batch) == targets.unsqueeze(1)
         return sampled_softmax(positive, others, log_q, is_target)
-
-    def _scores(
-        self, table: ItemScores, hidden: Tensor, targets: Tensor, batch: RaggedBatch
-    ) -> tuple[Tensor, Tensor]:
-        """Return the scores of the targets, [T], and of the negatives, [T, n]."""
-        negatives = self._drawn(batch)
-        with rows_alone():
-            is_pool = negatives.dim() == 1
-            items = targets.unsqueeze(1)
-            if not is_pool:  # one lookup for the target and its negatives: [T, 1 + n]
-                items = torch.cat([items, by_event(negatives, batch)], 1)
-        if is_pool:
-            others = table.pool_scores(hidden, negatives)
-            return table.candidate_scores(hidden, items).squeeze(1), others
-        scores = table.candidate_scores(hidden, items)
-        with rows_alone():
-            return scores[:, 0], scores[:, 1:]
 
     def _drawn(self, batch: RaggedBatch) -> Tensor:
         if batch.negatives is None:

@@ -12,7 +12,7 @@ from pinet_fast.aggregation.sharing import rows_alone
 from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import ConfigError
 from pinet_fast.kernels import ragged_attention
-from pinet_fast.models.dropout import Dropout
+from pinet_fast.models.dropout import Dropout, Masks
 from pinet_fast.models.layers import Embedding, LayerNorm
 from pinet_fast.models.sequence import SequenceModel
 
@@ -75,16 +75,17 @@ class SASRec(SequenceModel):
         self.positions = Embedding(max_len, dim)
         self.dropout = Dropout(dropout)
         block = _Block if norm == "pre" else _PostBlock
-        self.blocks = nn.ModuleList(block(dim, num_heads, dropout) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(block(dim, num_heads) for _ in range(num_blocks))
+        self.drops = block.drops
         self.norm = LayerNorm(dim)
         self.is_pre = norm == "pre"
         self.reset_parameters()
 
-    def hidden(self, values: Tensor, offsets: Tensor) -> Tensor:
+    def states(self, items: Tensor, offsets: Tensor) -> Tensor:
         """Return the state after every event.
 
         Args:
-            values: Item ids of all users' windows, int64 [T].
+            items: Rows of the item table for all users' windows, [T, d].
             offsets: Row offsets of the users, int64 [B + 1]; no window longer than ``max_len``.
 
         Returns:
@@ -92,24 +93,31 @@ class SASRec(SequenceModel):
         """
         with rows_alone():
             lengths = offsets[1:] - offsets[:-1]
-            event = torch.arange(values.numel(), device=values.device)
+            event = torch.arange(len(items), device=items.device)
             from_end = repeat_rows(offsets[1:], lengths) - 1 - event
-        items, positions = self.items(values), self.positions(from_end)
+        positions = self.positions(from_end)
         with rows_alone():
-            x = items * self.dim**0.5 + positions if self.is_pre else items + positions
+            x = torch.add(positions, items, alpha=self.dim**0.5 if self.is_pre else 1.0)
         x = x if self.is_pre else self.norm(x)
         with rows_alone():
-            x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, offsets, self.max_len)
+            masks = self.dropout.masks(x, 1 + len(self.blocks) * self.drops)
+            x = masks.drop(x, 0)
+        for number, block in enumerate(self.blocks):
+            x = block(x, offsets, self.max_len, masks, 1 + number * self.drops)
         out: Tensor = self.norm(x) if self.is_pre else x
         return out
 
 
 class _Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with a residual connection."""
+    """Pre-norm attention and feed-forward, each with a residual connection.
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    Attributes:
+        drops: How many tensors [T, d] are dropped from, besides attention weights.
+    """
+
+    drops = 3
+
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm = LayerNorm(dim)
@@ -118,27 +126,32 @@ class _Block(nn.Module):
         self.feed_norm = LayerNorm(dim)
         self.up = nn.Linear(dim, dim)
         self.down = nn.Linear(dim, dim)
-        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, offsets: Tensor, max_len: int) -> Tensor:
-        rate = self.dropout.p if self.training else 0.0
+    def forward(self, x: Tensor, offsets: Tensor, max_len: int, masks: Masks, place: int) -> Tensor:
+        masks = masks.where(self.training)
         qkv = self.qkv(self.attention_norm(x))
-        out = self.out(_attended(qkv, offsets, self.num_heads, rate, max_len))
+        out = self.out(_attended(qkv, offsets, self.num_heads, masks.rate, max_len))
         with rows_alone():
-            x = x + self.dropout(out)
+            x = x + masks.drop(out, place)
         inner = self.up(self.feed_norm(x))
         with rows_alone():
-            inner = self.dropout(torch.relu(inner))
+            inner = masks.drop(torch.relu(inner), place + 1)
         out = self.down(inner)
         with rows_alone():
-            summed: Tensor = x + self.dropout(out)
+            summed: Tensor = x + masks.drop(out, place + 2)
         return summed
 
 
 class _PostBlock(nn.Module):
-    """Attention and a feed-forward of 4 d, each with a residual connection and a norm after it."""
+    """Attention and a feed-forward of 4 d, each with a residual connection and a norm after it.
 
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
+    Attributes:
+        drops: As of :class:`_Block`.
+    """
+
+    drops = 2
+
+    def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -147,20 +160,19 @@ class _PostBlock(nn.Module):
         self.up = nn.Linear(dim, 4 * dim)
         self.down = nn.Linear(4 * dim, dim)
         self.feed_norm = LayerNorm(dim)
-        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, offsets: Tensor, max_len: int) -> Tensor:
-        rate = self.dropout.p if self.training else 0.0
-        out = self.out(_attended(self.qkv(x), offsets, self.num_heads, rate, max_len))
+    def forward(self, x: Tensor, offsets: Tensor, max_len: int, masks: Masks, place: int) -> Tensor:
+        masks = masks.where(self.training)
+        out = self.out(_attended(self.qkv(x), offsets, self.num_heads, masks.rate, max_len))
         with rows_alone():
-            x = x + self.dropout(out)
+            x = x + masks.drop(out, place)
         x = self.attention_norm(x)
         inner = self.up(x)
         with rows_alone():
             inner = F.gelu(inner)
         out = self.down(inner)
         with rows_alone():
-            x = x + self.dropout(out)
+            x = x + masks.drop(out, place + 1)
         normed: Tensor = self.feed_norm(x)
         return normed
 

@@ -84,6 +84,18 @@ class SequenceModel(nn.Module):
             self.items.weight[0].zero_()
             self.scored.weight[0].zero_()
 
+    def states(self, items: Tensor, offsets: Tensor) -> Tensor:
+        """Return the state after every event.
+
+        Args:
+            items: Rows of the item table for all users' windows, [T, d].
+            offsets: Row offsets of the users, int64 [B + 1]; no window longer than ``max_len``.
+
+        Returns:
+            [T, d].
+        """
+        raise NotImplementedError
+
     def hidden(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Return the state after every event.
 
@@ -94,7 +106,7 @@ class SequenceModel(nn.Module):
         Returns:
             [T, d].
         """
-        raise NotImplementedError
+        return self.states(self.items(values), offsets)
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Return the scores of the whole catalogue, [N, V + 1], for states [N, d]; padding -inf."""
@@ -102,10 +114,7 @@ class SequenceModel(nn.Module):
 
     def candidate_scores(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Return the scores of each row's own items, [N, n], for states [N, d] and ids [N, n]."""
-        candidates = self.scored(items)
-        with rows_alone():
-            scores: Tensor = (candidates * hidden.unsqueeze(1)).sum(-1)
-        return scores
+        return _products(self.scored(items), hidden)
 
     def pool_scores(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Return the scores of a pool of items, [N, n], for states [N, d] and ids [n].
@@ -126,7 +135,19 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Return the losses of a batch, one an event, [T]."""
-        return self.training_losses(self.training_states(batch), batch)
+        candidates = None if self.outputs is not None else self.event_loss.candidates(batch)
+        if candidates is None:
+            return self.training_losses(self.training_states(batch), batch)
+        # One lookup of what is read and what is scored: the backward of two makes two gradients of
+        # the whole table and adds them.
+        with rows_alone():
+            ids = torch.cat([batch.values.unsqueeze(1), candidates], 1)
+        rows = self.items(ids)
+        with rows_alone():
+            read, scored = rows.split_with_sizes([1, candidates.shape[1]], 1)
+            read = read.squeeze(1)
+        scores = _products(scored, self.states(read, batch.offsets))
+        return self.event_loss.of_scores(scores, self, batch)
 
     # What PINet and the evaluation ask of any model, see ``pinet_fast.models.pinet.Backbone``.
 
@@ -152,3 +173,10 @@ class SequenceModel(nn.Module):
         return (
             self.scores(states) if candidates is None else self.candidate_scores(states, candidates)
         )
+
+
+def _products(rows: Tensor, hidden: Tensor) -> Tensor:
+    """Return the products of states [N, d] with rows of their own, [N, n, d], as [N, n]."""
+    with rows_alone():
+        scores: Tensor = (rows * hidden.unsqueeze(1)).sum(-1)
+    return scores

@@ -40,6 +40,7 @@ def rows():
 
 
 CALLS = {
+    "dropout_mask": lambda: kernels.dropout_mask(rows(), 0.5, count=2, seed=1),
     "stratified_linear": lambda: kernels.stratified_linear_backward(
         rows(), rows(), torch.ones(WIDE, WIDE), IDS, (0, 3, ROWS)
     ),

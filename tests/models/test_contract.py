@@ -122,6 +122,15 @@ def test_shapes_and_finite_gradients(name: str) -> None:
     assert (scores[:, 0] == -torch.inf).all()
 
 
+def test_losses_are_those_of_the_states(name: str) -> None:
+    """A forward may look up once what ``training_states`` and ``training_losses`` look up apart."""
+    model, batch = made(name), batch_of()
+    expected = model.training_losses(model.training_states(batch), batch)
+    torch.testing.assert_close(model(batch), expected)
+    found = torch.autograd.grad(model(batch).sum(), model.items.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), model.items.weight))
+
+
 def test_candidates_have_the_scores_of_the_catalogue(name: str) -> None:
     model, batch = made(name), batch_of()
     items = torch.randint(1, V + 1, (len(LENGTHS), 4))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pinet_fast.models.dropout import Dropout, dropout
+from pinet_fast.models.dropout import Dropout, Masks, dropout
 
 COUNT = 400_000
 
@@ -76,6 +76,27 @@ def test_module_is_that_of_torch_in_everything_else() -> None:
     assert "p=0.25" in repr(module)
     with pytest.raises(ValueError, match="between 0 and 1"):
         Dropout(1.5)
+
+
+def test_places_have_masks_of_their_own_that_stay() -> None:
+    x = torch.ones(50, 30)
+    masks = Masks(x, 0.5, 3)
+    dropped = [masks.drop(x, place) for place in range(3)]
+    assert torch.equal(masks.drop(x, 1), dropped[1])
+    assert not torch.equal(dropped[0], dropped[1])
+    assert not torch.equal(dropped[1], dropped[2])
+    half = masks.drop(x.bfloat16(), 1)  # as under autocast
+    assert half.dtype is torch.bfloat16
+    assert torch.equal(half.float(), dropped[1])
+
+
+def test_a_part_that_is_not_in_training_drops_nothing() -> None:
+    x = torch.ones(50, 30)
+    masks = Masks(x, 0.5, 3)
+    assert masks.where(True) is masks
+    assert masks.where(False).drop(x, 1) is x
+    assert masks.where(False).rate == 0.0
+    assert Masks(x, 0.5, 3, training=False).drop(x, 1) is x
 
 
 def test_compiled_code_drops_by_torch() -> None:

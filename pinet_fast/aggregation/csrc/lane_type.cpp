@@ -175,9 +175,6 @@ bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
   if (!id) return false;
   parameter.root = Py_XNewRef(PyDict_GetItemWithError(self->by_id, id.get()));
   if (!parameter.root) return false;
-  THPObjectPtr detached(THPVariable_Wrap(parameter.detached));
-  if (!detached || PyObject_SetAttrString(parameter.root, "_detached", detached.get()) != 0)
-    return false;
   if (!is_dense) return true;
   THPObjectPtr leaf(THPVariable_Wrap(parameter.leaf));
   parameter.key = PyLong_FromVoidPtr(parameter.root);

@@ -1,0 +1,5 @@
+"""Zeros and scales that dropout multiplies by."""
+
+from .op import cost, dropout_mask
+
+__all__ = ["cost", "dropout_mask"]
