@@ -10,7 +10,7 @@ import torch
 
 from pinet_fast.data._assemble import check_max_len, check_strata
 from pinet_fast.data._making import Made, Maker
-from pinet_fast.data._pipeline import Pipeline
+from pinet_fast.data._pipeline import Inline, Pipeline
 from pinet_fast.data._windows import BatchBuilder
 from pinet_fast.data.augment import Augmentation
 from pinet_fast.data.loader_stats import Counts, LoaderStats
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Lifetime = Literal["copy", "lease"]
 
 _MIN_TRAINABLE = 2
+_WORDS_AT_A_TIME = 1 << 15
+"""Without threads, batches are built until they have so many words together, 0.25 MB."""
 
 
 class RaggedLoader:
@@ -59,9 +61,10 @@ class RaggedLoader:
         negatives: Negatives, or None for none.
         seed: Decides crops, augmentations and negatives, together with the epoch; the order is
             the sampler's.
-        threads: Threads that build batches ahead; they start at the first batch. 0 builds each
-            batch when it is asked for, in 0.1-0.3 ms: on a CPU that the model keeps busy threads
-            gained nothing. Take 1 where a device waits (``stats().wait_share``).
+        threads: Threads that build batches ahead; they start at the first batch. 0 builds them
+            when they are asked for, in 0.1-0.3 ms, small ones several at a time: on a CPU that the
+            model keeps busy threads gained nothing. Take 1 where a device waits
+            (``stats().wait_share``).
         prefetch: Batches that are built ahead at most, with threads.
         device: Where batches go; None leaves them in main memory. With a CUDA device each is one
             page-locked block, copied on a stream of its own.
@@ -134,7 +137,7 @@ class RaggedLoader:
             "augment": repr(chain), "negatives": repr(negatives),
         }  # fmt: skip
         self._maker = Maker(builder, self.device, is_leased=lifetime == "lease")
-        self._pipeline: Pipeline[Made] | None = None
+        self._pipeline: Pipeline[Made] | Inline[Made] | None = None
         self._epoch = 0  # of the pipeline
         self._counts = Counts()
 
@@ -152,7 +155,7 @@ class RaggedLoader:
 
         One iteration at a time has the threads: another one begins by closing the first one's.
         """
-        made_batches = self._threaded() if self.threads else self._inline()
+        made_batches = self._made()
         leased: Slot | None = None
         try:
             began = time.perf_counter()
@@ -173,12 +176,7 @@ class RaggedLoader:
                 self._maker.ring.put(leased)
             made_batches.close()
 
-    def _inline(self) -> Generator[tuple[Made, int], None, None]:
-        for users in self.sampler:
-            # Until the next batch is asked for, the sampler is still in the epoch of this one.
-            yield self._maker.make(self.sampler.epoch, self.sampler.step - 1, users), 0
-
-    def _threaded(self) -> Generator[tuple[Made, int], None, None]:
+    def _made(self) -> Generator[tuple[Made, int], None, None]:
         sampler, pipeline = self.sampler, None
         try:
             while (step := sampler.step) < len(sampler):
@@ -195,11 +193,11 @@ class RaggedLoader:
             if pipeline is not None:
                 pipeline.close()
 
-    def _serves(self, pipeline: Pipeline[Made], epoch: int, step: int) -> bool:
+    def _serves(self, pipeline: Pipeline[Made] | Inline[Made], epoch: int, step: int) -> bool:
         is_there = self._epoch == epoch and pipeline.position == step
         return is_there and pipeline is self._pipeline and pipeline.is_open
 
-    def _start(self, epoch: int, first: int) -> Pipeline[Made]:
+    def _start(self, epoch: int, first: int) -> Pipeline[Made] | Inline[Made]:
         if self._pipeline is not None:
             self._pipeline.close()
         sampler, maker, planning = self.sampler, self._maker, threading.Lock()
@@ -210,14 +208,23 @@ class RaggedLoader:
             return maker.make(epoch, step, users)
 
         self._epoch = epoch
-        self._pipeline = Pipeline(
-            build,
-            first=first,
-            last=len(sampler),
-            threads=self.threads,
-            ahead=self.prefetch,
-            discard=maker.discard,
-        )
+        if self.threads:
+            self._pipeline = Pipeline(
+                build,
+                first=first,
+                last=len(sampler),
+                threads=self.threads,
+                ahead=self.prefetch,
+                discard=maker.discard,
+            )
+        else:
+            self._pipeline = Inline(
+                build,
+                first=first,
+                last=len(sampler),
+                at_a_time=_at_a_time,
+                discard=maker.discard,
+            )
         return self._pipeline
 
     def _advance(self, epoch: int, step: int) -> None:
@@ -284,3 +291,7 @@ class RaggedLoader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _at_a_time(made: Made) -> int:
+    return max(1, _WORDS_AT_A_TIME // max(1, made.assembly.layout.num_words))

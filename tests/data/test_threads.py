@@ -15,8 +15,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from pinet_fast.data import Negatives, RaggedLoader, Split, Strata, StratifiedBatchSampler
+from pinet_fast.data import loader as loader_module
 from pinet_fast.data._blocks import Layout, Ring
-from pinet_fast.data._pipeline import Pipeline
+from pinet_fast.data._pipeline import Inline, Pipeline
 from pinet_fast.errors import ConfigError
 
 SPLIT = Split.leave_one_out()
@@ -272,7 +273,7 @@ def test_stats_add_up(store):
         assert stats.users_per_second == pytest.approx(stats.users / stats.seconds)
         assert stats.events_per_second > stats.users_per_second
         assert stats.bytes_per_second > 0
-        assert (stats.ring_depth > 0) == bool(threads)
+        assert stats.ring_depth > 0  # without threads, small batches are built several at a time
 
 
 def test_bad_thread_options_are_refused(store):
@@ -293,6 +294,50 @@ def test_pipeline_never_runs_further_ahead_than_allowed():
     pipeline.close()
     pipeline.close()
     assert sorted(begun) == list(range(2, 40))
+
+
+def test_without_threads_results_are_built_several_at_a_time():
+    begun, dropped = [], []
+    pipeline = Inline(
+        lambda number: begun.append(number) or number,
+        first=2, last=9, at_a_time=lambda number: 3 if number < 5 else 1, discard=dropped.append,
+    )  # fmt: skip
+    seen = [(pipeline.position, pipeline.get(), pipeline.num_ready, len(begun)) for _ in range(5)]
+    assert seen == [(2, 2, 2, 3), (3, 3, 1, 3), (4, 4, 0, 3), (5, 5, 0, 4), (6, 6, 0, 5)]
+    assert pipeline.is_open
+    pipeline.close()
+    assert not pipeline.is_open
+    assert dropped == []
+    ahead = Inline(int, first=0, last=9, at_a_time=lambda number: 20, discard=dropped.append)
+    assert ahead.get() == 0
+    ahead.close()
+    assert dropped == list(range(1, 9))
+
+
+def test_without_threads_an_error_waits_for_its_turn():
+    attempts = []
+
+    def build(number):
+        attempts.append(number)
+        if number == 2:
+            raise ValueError("second")
+        return number
+
+    pipeline = Inline(
+        build, first=0, last=5, at_a_time=lambda number: 5, discard=lambda number: None
+    )
+    assert [pipeline.get(), pipeline.get()] == [0, 1]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="second"):
+            pipeline.get()
+    assert attempts == [0, 1, 2, 2, 2]
+
+
+def test_large_batches_are_built_one_at_a_time(store, monkeypatch):
+    monkeypatch.setattr(loader_module, "_WORDS_AT_A_TIME", 1)
+    loader = make(store, threads=0)
+    list(loader)
+    assert loader.stats().ring_depth == 0
 
 
 def test_layout_places_arrays_without_overlap():
