@@ -29,6 +29,7 @@ from pinet_fast.errors import BoundaryError, PinetError
 
 if TYPE_CHECKING:
     from pinet_fast.aggregation.leak_check import LeakCheck
+    from pinet_fast.aggregation.leaves import Root
     from pinet_fast.aggregation.rows import BatchRows
 
 BoundaryRule = Callable[["Interception", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -54,6 +55,7 @@ class Interception(BoundaryUses, TorchFunctionMode):
         check: The leak check, asked which uses need proof.
         rules: Boundary rules by torch function.
         slice_proofs: What earlier steps established for functions under the slice rule.
+        own: The parameters' roots, as ``roots_of`` made them; others are added in here.
         takes_scalars: Whether ``loss.backward()`` on a reduced loss is expected.
     """
 
@@ -67,11 +69,13 @@ class Interception(BoundaryUses, TorchFunctionMode):
         check: LeakCheck,
         rules: dict[Any, BoundaryRule],
         slice_proofs: dict[Any, SliceProof],
+        own: dict[int, Root],
         takes_scalars: bool = False,
     ) -> None:
         super().__init__(
-            parameters, names, rows=rows, leaves=leaves, check=check, takes_scalars=takes_scalars
-        )
+            parameters, names, rows=rows, leaves=leaves, check=check,
+            takes_scalars=takes_scalars, own=own,
+        )  # fmt: skip
         self.slice_proofs = slice_proofs
         self._rules = rules
 

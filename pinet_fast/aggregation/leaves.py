@@ -258,8 +258,14 @@ class _Collection:
 
     def run(self) -> Collected:
         for root, leaf in self.leaves._dense.values():
-            if leaf.grad is not None:
-                self._add(root, leaf.grad)
+            grad = leaf.grad
+            if grad is None:
+                continue
+            source = root.sources[0]
+            if root.is_parameter and self.dense[source] is None and not grad.is_sparse:
+                self.dense[source] = grad  # as nearly all do: no call for it
+            else:
+                self._add(root, grad)
         for entry in self.leaves._lookups:
             of_lookup = entry.gradient()
             if of_lookup is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.stratum_gradient import StratumGradient
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """What one parameter has received since the last step.
 

@@ -35,6 +35,7 @@ class Roots:
         rows: The batch's row layouts.
         leaves: Where stratum gradients will arrive.
         takes_scalars: Whether ``loss.backward()`` on a reduced loss is expected.
+        own: The parameters' roots, as :func:`roots_of` made them.
 
     Attributes:
         is_shared: Work belongs to no user now: ``shared()`` is entered.
@@ -49,6 +50,7 @@ class Roots:
         rows: BatchRows,
         leaves: VirtualLeaves,
         takes_scalars: bool,
+        own: dict[int, Root],
     ) -> None:
         super().__init__()
         self.parameters = parameters
@@ -57,10 +59,9 @@ class Roots:
         self.leaves = leaves
         self.takes_scalars = takes_scalars
         self.is_shared = False
-        # Keys are identities; the values keep the tensors alive, so no key is ever reused.
-        self.by_id: dict[int, Root] = {
-            id(p): Root(p, (i,), is_parameter=True) for i, p in enumerate(parameters)
-        }
+        self.by_id = own.copy()
+        for root in own.values():
+            root._detached = None  # of the last forward
 
     def root_of(self, value: Any) -> Root | None:
         """Return the root that ``value`` is, or None: a parameter, a view of one, or derived."""
@@ -170,6 +171,14 @@ class Roots:
             else f"a tensor {list(t.shape)}"
             for t in tensors
         )
+
+
+def roots_of(parameters: Sequence[Tensor]) -> dict[int, Root]:
+    """Return the roots of parameters by identity.
+
+    The values keep the tensors alive, so no key is ever reused.
+    """
+    return {id(p): Root(p, (i,), is_parameter=True) for i, p in enumerate(parameters)}
 
 
 def tensors_among(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pinet_fast.aggregation.leak_check import LeakCheck
+    from pinet_fast.aggregation.leaves import Root
     from pinet_fast.aggregation.losses import LossRows, ScalarLoss, StratumLosses
     from pinet_fast.aggregation.slice_rule import SliceProof
     from pinet_fast.aggregation.strata_index import StrataIndex
@@ -63,6 +64,7 @@ class Session:
         names: Their names, for messages.
         strata: The batch's strata.
         check: The leak check.
+        roots: The parameters' roots.
         slice_proofs: What earlier steps established for functions under the slice rule.
         intercept: Whether boundaries are stratified; not for constant rules nor in exact mode.
         declared: Row layouts that the user declares, by parameter name.
@@ -86,6 +88,7 @@ class Session:
         strata: StrataIndex,
         *,
         check: LeakCheck,
+        roots: dict[int, Root],
         slice_proofs: dict[Any, SliceProof],
         intercept: bool,
         declared: Mapping[str, tuple[int, Tensor | Sequence[int]]] | None = None,
@@ -118,7 +121,7 @@ class Session:
                 kind = lane[0]
             self.interception = kind(
                 parameters, names, rows=self.rows, leaves=self.leaves, check=check,
-                rules=_RULES, slice_proofs=slice_proofs,
+                rules=_RULES, slice_proofs=slice_proofs, own=roots,
                 takes_scalars=on_scalar is not None,
             )  # fmt: skip
             if lane is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from pinet_fast.aggregation.envelope import (
 from pinet_fast.aggregation.lane import Lanes
 from pinet_fast.aggregation.leak_check import CheckMode, LeakCheck
 from pinet_fast.aggregation.losses import Reduction, ScalarLoss
+from pinet_fast.aggregation.roots import roots_of
 from pinet_fast.aggregation.session import Session
 from pinet_fast.aggregation.sharing import shared
 from pinet_fast.aggregation.strata_index import StrataIndex
@@ -30,11 +31,15 @@ from pinet_fast.errors import AggregationError, ConfigError, StrataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from torch.optim import Optimizer
 
     from pinet_fast.aggregation.coverage import Coverage
+    from pinet_fast.aggregation.leaves import Root
     from pinet_fast.aggregation.slice_rule import SliceProof
+
+_NOTHING = nullcontext()
 
 Mode = Literal["one-pass", "exact"]
 Leaks = Literal["error", "attribute-by-row"]
@@ -80,6 +85,7 @@ class StratifyingOptimizer(OptimizerWrapper):
         self._slice_proofs: dict[Any, SliceProof] = {}
         self._plan = TracePlan()
         self._known_parameters: list[Tensor] = []
+        self._roots: dict[int, Root] = {}
         self._dense_parameters: list[int] = []  # of the last forward, for the next one
         self._lanes = Lanes()
 
@@ -153,13 +159,16 @@ class StratifyingOptimizer(OptimizerWrapper):
         session = self._open(index, parameters, names, wanted, rows, reduction, row_weights)
         self._session, self._inside = session, True
         try:
-            with profiling.FORWARD, ExitStack() as stack:
-                if session.is_stratified:
-                    stack.enter_context(compiled_modules(run_graphs=session.is_traced))
-                if session.interception is not None:
+            compiled: AbstractContextManager[None] = _NOTHING
+            if session.is_stratified:
+                compiled = compiled_modules(run_graphs=session.is_traced)
+            with profiling.FORWARD, compiled:
+                if session.interception is None:
+                    yield
+                else:
                     session.interception.prepare(self._dense_parameters)
-                    stack.enter_context(session.interception)
-                yield
+                    with session.interception:
+                        yield
             if session.interception is not None:
                 self._dense_parameters = session.leaves.dense_parameters()
         except BaseException:
@@ -201,6 +210,7 @@ class StratifyingOptimizer(OptimizerWrapper):
             names,
             index,
             check=self._check,
+            roots=self._roots,
             slice_proofs=self._slice_proofs,
             intercept=intercept,
             declared=rows,
@@ -271,7 +281,7 @@ class StratifyingOptimizer(OptimizerWrapper):
         if are_there and len(known) == len(parameters):
             return
         self._known_parameters = parameters
-        self._names = self._parameter_names()
+        self._names, self._roots = self._parameter_names(), roots_of(parameters)
         if are_there:
             return  # these and some more
         self._check.forget()

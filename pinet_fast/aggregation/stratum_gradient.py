@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-@dataclass
+@dataclass(slots=True)
 class StratumGradient:
     """The S stratum gradients of one parameter.
 

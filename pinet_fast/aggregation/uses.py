@@ -29,6 +29,7 @@ class BoundaryUses(Roots):
         leaves: Where stratum gradients will arrive.
         check: The leak check, asked which uses need proof.
         takes_scalars: Whether ``loss.backward()`` on a reduced loss is expected.
+        own: The parameters' roots.
 
     Attributes:
         uses: Uses that this step's leak check will prove.
@@ -45,8 +46,11 @@ class BoundaryUses(Roots):
         leaves: VirtualLeaves,
         check: LeakCheck,
         takes_scalars: bool,
+        own: dict[int, Root],
     ) -> None:
-        super().__init__(parameters, names, rows=rows, leaves=leaves, takes_scalars=takes_scalars)
+        super().__init__(
+            parameters, names, rows=rows, leaves=leaves, takes_scalars=takes_scalars, own=own
+        )
         self.uses: list[Use] = []
         self.saw_hooks = False
         self.is_replaying = False
