@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 _OPS = {"linear": 0, "layer_norm": 1, "embedding": 2}  # as csrc/lane.h counts them
-_KERNELS = ("stratified_linear_backward", "stratified_norm_backward")
+_KERNELS = ("stratified_linear_backward", "stratified_norm_backward", "stratified_embedding_add")
 
 
 @functools.cache
@@ -82,6 +82,7 @@ def _interception() -> type[Interception]:
             self.lane.begin(
                 self.by_id, self.leaves, *self.leaves.lent(), self._occurrences, self._known,
                 self.leaves.num_strata, self.rows.whole_layouts(), _has_kernels(),
+                self.leaves.keeps_touched,
             )  # fmt: skip
 
         def __enter__(self) -> Self:

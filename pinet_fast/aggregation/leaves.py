@@ -3,7 +3,8 @@
 A virtual leaf has shape [S, *shape] and stride 0 along S: it owns no memory. Boundary ops take it
 beside the parameter and hand it the stratum gradients. Lookups have a leaf of their own each, with
 a sparse gradient over (stratum, item), so that an item table never costs [S, V, d] unless it is
-used densely too.
+used densely too. A table with far fewer rows than a batch looks up, such as one of positions, costs
+less in full, [S, V, d], than as a list of its rows.
 
 Gradients that arrive at a derived tensor are pushed back to the parameters it is computed from,
 once for each stratum: what lies between is batch-free, hence cheap.
@@ -18,9 +19,13 @@ import torch
 from torch import Tensor
 
 from pinet_fast.aggregation.stratum_gradient import StratumGradient, from_lookups
+from pinet_fast.kernels import stratified_embedding_add
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+
+_SMALL_TABLE, _LOOKUPS_PER_ROW = 1024, 4  # as in csrc/nodes.cpp
 
 
 @dataclass(eq=False)
@@ -126,11 +131,14 @@ class VirtualLeaves:
         on_gradient: Called with every gradient that reaches a leaf, where given.
         watches_all: Whether all leaves are watched so, or the first alone, which a backward of the
             losses reaches as a rule; a hook costs more than a leaf.
+        keeps_touched: Whether the gradient of every lookup says which rows which stratum touched,
+            as elementwise rules need; else those in small tables do not.
     """
 
     num_strata: int
     on_gradient: Callable[[Tensor], None] | None = None
     watches_all: bool = True
+    keeps_touched: bool = True
     _dense: dict[int, tuple[Root, Tensor]] = field(default_factory=dict)
     _lookups: list[Lookup] = field(default_factory=list)
     _terms: list[Term] = field(default_factory=list)
@@ -289,9 +297,12 @@ class _Collection:
     def _add(self, root: Root, grad: Tensor) -> None:
         """Add the gradient [S, *root.shape], dense or over (stratum, item)."""
         if root.is_parameter and grad.is_sparse:
-            self.lookups[root.sources[0]].append(grad)
-            return
-        grad = grad.to_dense() if grad.is_sparse else grad
+            if not self._is_of_small_table(root, grad):
+                self.lookups[root.sources[0]].append(grad)
+                return
+            grad = dense_lookup(grad)
+        elif grad.is_sparse:
+            grad = grad.to_dense()
         if root.is_parameter:
             source = root.sources[0]
             known = self.dense[source]
@@ -299,6 +310,16 @@ class _Collection:
         else:
             entry = self.derived.get(id(root))
             self.derived[id(root)] = (root, grad if entry is None else entry[1] + grad)
+
+    def _is_of_small_table(self, root: Root, grad: Tensor) -> bool:
+        num_rows = root.tensor.shape[0]
+        return (
+            not self.leaves.keeps_touched
+            and num_rows <= _SMALL_TABLE
+            and grad.sparse_dim() + grad.dense_dim() == 3
+            and num_rows * _LOOKUPS_PER_ROW <= grad._nnz()
+            and not self.leaves._is_sparse.get(root.sources[0], False)
+        )
 
     def _push(self, root: Root, grad: Tensor) -> None:
         """Push the gradient of a derived tensor back to what it is computed from."""
@@ -355,3 +376,11 @@ class _Collection:
                     known = totals[source]
                     totals[source] = dense if known is None else known + dense
         return totals
+
+
+def dense_lookup(grad: Tensor) -> Tensor:
+    """Return the gradient of a lookup, sparse over (stratum, item), in full: [S, V, d]."""
+    dense = grad._values().new_zeros(grad.shape)
+    indices = grad._indices()
+    stratified_embedding_add(dense, [indices[1]], [indices[0]], [grad._values()])
+    return dense

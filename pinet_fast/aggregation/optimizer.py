@@ -16,7 +16,7 @@ from pinet_fast.aggregation.joined import joined
 from pinet_fast.aggregation.losses import check_scalar, mark_terms, stratum_losses
 from pinet_fast.aggregation.pending import PendingGradients
 from pinet_fast.aggregation.report import AggregationReport
-from pinet_fast.aggregation.rules import ConstantRule, Rule, by_name
+from pinet_fast.aggregation.rules import ConstantRule, ElementwiseRule, Rule, by_name
 from pinet_fast.aggregation.stratifying import Leaks, Mode, StratifyingOptimizer
 from pinet_fast.errors import AggregationError, ConfigError
 
@@ -123,6 +123,9 @@ class GradientAggregator(StratifyingOptimizer):
     def _wants_stratum_gradients(self) -> bool:
         due = self.report_every is not None and self._num_steps % self.report_every == 0
         return due or not isinstance(self.rule.active, ConstantRule)
+
+    def _needs_touched_rows(self) -> bool:
+        return isinstance(self.rule.active, ElementwiseRule)
 
     # Backward and step --------------------------------------------------------------------------
 

@@ -93,6 +93,10 @@ class StratifyingOptimizer(OptimizerWrapper):
         """Return whether this step needs them: a rule of weights known before does not."""
         raise NotImplementedError
 
+    def _needs_touched_rows(self) -> bool:
+        """Return whether it matters which stratum touched which row of a table."""
+        raise NotImplementedError
+
     def _finish_scalar(self) -> None:
         """Aggregate at the end of a backward on a scalar; called by the engine."""
         raise NotImplementedError
@@ -219,6 +223,7 @@ class StratifyingOptimizer(OptimizerWrapper):
             lane=lane,
         )
         session.is_stratified = wanted
+        session.leaves.keeps_touched = self._needs_touched_rows()
         session.attributes_leaks = self.leaks == "attribute-by-row"
         if reduction is not None:
             session.scalar = ScalarLoss.of(reduction, row_weights, session.rows)

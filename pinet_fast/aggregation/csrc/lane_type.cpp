@@ -186,10 +186,11 @@ bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
 bool begin(Lane* self, PyObject* args) {
   PyObject *by_id, *leaves, *dense_leaves, *prepared, *occurrences, *known, *rows;
   long long strata;
-  int has_kernels;
-  if (!PyArg_ParseTuple(args, "O!OO!O!O!O!LO!p", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
+  int has_kernels, keeps_touched;
+  if (!PyArg_ParseTuple(args, "O!OO!O!O!O!LO!pp", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
                         &dense_leaves, &PyDict_Type, &prepared, &PyDict_Type, &occurrences,
-                        &PyDict_Type, &known, &strata, &PyList_Type, &rows, &has_kernels))
+                        &PyDict_Type, &known, &strata, &PyList_Type, &rows, &has_kernels,
+                        &keeps_touched))
     return false;
   forget(self);
   self->by_id = Py_NewRef(by_id);
@@ -203,6 +204,7 @@ bool begin(Lane* self, PyObject* args) {
   (*self->forward)->calls = *self->calls;
   (*self->forward)->refuse = &refuse;
   (*self->forward)->has_kernels = has_kernels != 0;
+  (*self->forward)->keeps_touched = keeps_touched != 0;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(rows); ++i) {
     PyObject *kind, *layout;
     if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return false;
@@ -219,7 +221,7 @@ bool begin(Lane* self, PyObject* args) {
 }
 
 // begin(by_id, leaves, dense leaves, prepared leaves, occurrences, known, strata, [(kind, layout)],
-//       whether the compiled kernels serve)
+//       whether the compiled kernels serve, whether lookups keep what they touched)
 PyObject* lane_begin(PyObject* object, PyObject* args) {
   HANDLE_TH_ERRORS
   Lane* self = reinterpret_cast<Lane*>(object);
@@ -264,11 +266,13 @@ PyObject* lane_layout_of(PyObject* object, PyObject* node) {
   END_HANDLE_TH_ERRORS
 }
 
-// take_calls(): how often the kernels of linear layers and of norms ran since the last time.
+// take_calls(): how often the kernels of linear layers, of norms and of lookups ran since the last
+// time.
 PyObject* lane_take_calls(PyObject* object, PyObject*) {
   Calls* calls = reinterpret_cast<Lane*>(object)->calls->get();
-  return Py_BuildValue("(LL)", static_cast<long long>(calls->linear.exchange(0)),
-                       static_cast<long long>(calls->norm.exchange(0)));
+  return Py_BuildValue("(LLL)", static_cast<long long>(calls->linear.exchange(0)),
+                       static_cast<long long>(calls->norm.exchange(0)),
+                       static_cast<long long>(calls->lookup.exchange(0)));
 }
 
 PyMethodDef lane_methods[] = {

@@ -19,6 +19,7 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 constexpr int64_t kFusedWeight = 1 << 16;  // as in kernels/stratified_linear/_cpp.py
+constexpr int64_t kSmallTable = 1024, kLookupsPerRow = 4;  // as in leaves.py
 
 // Calls an op; returns the stack with its results.
 template <class... Args>
@@ -223,10 +224,29 @@ struct Embedding final : Boundary {
         if (is_padding.any().item<bool>())
           values = values.masked_fill(is_padding.unsqueeze(1), 0.0);
       }
-      out = at::_sparse_coo_tensor_unsafe(at::stack({strata, flat}), values, shape,
-                                          values.options().layout(at::kSparse));
+      const bool is_small = !forward->keeps_touched && shape[1] <= kSmallTable &&
+                            kLookupsPerRow * shape[1] <= flat.size(0);
+      out = is_small ? dense(flat, strata, values)
+                     : at::_sparse_coo_tensor_unsafe(at::stack({strata, flat}), values, shape,
+                                                     values.options().layout(at::kSparse));
     }
     return once({out}, grad);
+  }
+
+  // As `leaves.dense_lookup`.
+  at::Tensor dense(const at::Tensor& flat, const at::Tensor& strata,
+                   const at::Tensor& values) const {
+    const at::Tensor out = at::zeros(shape, values.options());
+    const std::vector<at::Tensor> ids{flat}, of{strata}, grads{values};
+    if (!forward->has_kernels) {
+      static const auto op = find("pinet::stratified_embedding_add");
+      call(op, out, ids, of, grads, std::string());
+      return out;
+    }
+    static const auto op = find("pinet_cpp::stratified_embedding_add");
+    call(op, out, ids, of, grads);
+    ++forward->calls->lookup;
+    return out;
   }
 };
 

@@ -29,6 +29,7 @@ struct Groups {
 struct Calls {
   std::atomic<int64_t> linear{0};
   std::atomic<int64_t> norm{0};
+  std::atomic<int64_t> lookup{0};
 };
 
 // One forward inside `stratify`: nodes of another one say nothing about its rows.
@@ -36,6 +37,7 @@ struct Forward {
   std::shared_ptr<Calls> calls;
   void (*refuse)() = nullptr;            // throws: this backward is not the aggregator's
   bool has_kernels = true;               // the compiled ones serve; else the ops choose a backend
+  bool keeps_touched = true;             // every lookup's gradient says which rows it touched
   std::atomic<bool> is_expected{false};  // it is
 };
 
