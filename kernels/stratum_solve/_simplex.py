@@ -1,12 +1,14 @@
-"""The shortest point of a simplex, in a fixed number of tensor operations."""
+"""The shortest point of a simplex, in a fixed number of operations on small matrices."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 _ITERATIONS = 20
@@ -20,7 +22,8 @@ def minimise(gram: Tensor) -> Tensor:
 
     A primal-dual interior-point method: no branches on values, hence no host sync, batched, and
     the strata's order does not matter. Where several points are minimal it goes to the middle of
-    them, so that equal gradients weigh alike.
+    them, so that equal gradients weigh alike. On a CPU its 400 operations are NumPy's, which cost a
+    third of torch's.
 
     Args:
         gram: [..., K, K], of order one.
@@ -29,22 +32,40 @@ def minimise(gram: Tensor) -> Tensor:
         Nocedal and Wright, Numerical Optimization (2006), section 16.6, with the equality
         constraint eliminated.
     """
-    w = torch.full_like(gram[..., 0], 1 / gram.shape[-1])
+    if gram.device.type != "cpu":
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        found: Tensor = _iterate(torch, gram, identity, _solve)
+        return found
+    import numpy as np
+
+    numbers = gram.detach().numpy()
+    with np.errstate(all="ignore"):  # what is not finite is NaN in the end
+        weights = _iterate(np, numbers, np.eye(numbers.shape[-1]), np.linalg.solve)
+    return torch.from_numpy(weights)
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    solution: Tensor = torch.linalg.solve_ex(matrix, right)[0]  # looks at nothing on the host
+    return solution
+
+
+def _iterate(xp: Any, gram: Any, identity: Any, solve: Callable[[Any, Any], Any]) -> Any:
+    """Return the weights [..., K]; ``xp`` is torch or NumPy, and what follows are its arrays."""
+    w = xp.full_like(gram[..., 0], 1 / gram.shape[-1])
     gradient = gram.mean(-1)
-    z = gradient - gradient.amin(-1, keepdim=True) + 1  # duals of w >= 0
-    right = torch.ones((*w.shape, 2), dtype=w.dtype, device=w.device)
+    z = gradient - xp.amin(gradient, -1)[..., None] + 1  # duals of w >= 0
+    one = xp.ones_like(w)
     for _ in range(_ITERATIONS):
-        gap = ((w * z).mean(-1, keepdim=True) * _CENTRING).clamp_min(_FLOOR)
+        gap = xp.clip((w * z).mean(-1)[..., None] * _CENTRING, _FLOOR, None)
         target, slope = gap / w, z / w
-        right[..., 1] = target - (gram @ w.unsqueeze(-1)).squeeze(-1)
-        matrix = gram.clone()
-        matrix.diagonal(dim1=-2, dim2=-1).add_(slope)
-        ones, free = torch.linalg.solve_ex(matrix, right)[0].unbind(-1)
+        right = xp.stack([one, target - (gram @ w[..., None])[..., 0]], -1)
+        solved = solve(gram + slope[..., None] * identity, right)
+        ones, free = solved[..., 0], solved[..., 1]
         # `free` is the step that ignores sum(w) = 1; `level` is the multiplier of that constraint.
-        level = free.sum(-1, keepdim=True) / ones.sum(-1, keepdim=True)
-        dw = torch.addcmul(free, level, ones, value=-1)
-        dz = torch.addcmul(target - z, slope, dw, value=-1)
-        shrink = -torch.minimum(dw / w, dz / z).amin(-1, keepdim=True)
-        step = _TO_BOUNDARY / shrink.clamp_min(_TO_BOUNDARY)
-        w, z = torch.addcmul(w, step, dw), torch.addcmul(z, step, dz)
-    return w / w.sum(-1, keepdim=True)
+        level = (free.sum(-1) / ones.sum(-1))[..., None]
+        dw = free - level * ones
+        dz = target - z - slope * dw
+        shrink = -xp.amin(xp.minimum(dw / w, dz / z), -1)[..., None]
+        step = _TO_BOUNDARY / xp.clip(shrink, _TO_BOUNDARY, None)
+        w, z = w + step * dw, z + step * dz
+    return w / w.sum(-1)[..., None]

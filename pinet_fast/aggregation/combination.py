@@ -17,7 +17,7 @@ from pinet_fast.kernels.stratum_combine import combine_unchecked
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pinet_fast.aggregation.leaves import Collected
+    from pinet_fast.aggregation.collection import Collected
     from pinet_fast.aggregation.losses import LossRows, StratumLosses
     from pinet_fast.aggregation.pending import PendingGradients
     from pinet_fast.aggregation.session import Session

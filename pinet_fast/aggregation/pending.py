@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from pinet_fast.aggregation.leaves import Collected
+    from pinet_fast.aggregation.collection import Collected
     from pinet_fast.aggregation.stratum_gradient import StratumGradient
 
 

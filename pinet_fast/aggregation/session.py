@@ -10,10 +10,11 @@ from torch import Tensor
 
 from pinet_fast import profiling
 from pinet_fast.aggregation.boundary_rules import default_rules
+from pinet_fast.aggregation.collection import Collected, collect
 from pinet_fast.aggregation.envelope import retained_buffers
 from pinet_fast.aggregation.gradient_calls import refuse_backward, replay
 from pinet_fast.aggregation.interception import Interception
-from pinet_fast.aggregation.leaves import Collected, VirtualLeaves
+from pinet_fast.aggregation.leaves import VirtualLeaves
 from pinet_fast.aggregation.pending import gradients_apart
 from pinet_fast.aggregation.rows import BatchRows
 from pinet_fast.aggregation.rules.base import BatchStrata
@@ -172,7 +173,7 @@ class Session:
             finally:  # an error, too, leaves calls behind
                 self.interception.note_calls()
             got_gradient = [p.grad is not None for p in self.parameters]
-            collected = self.leaves.collect(self.parameters)
+            collected = collect(self.leaves, self.parameters)
         self._refuse_outside(got_gradient)
         return collected
 
@@ -250,7 +251,7 @@ class Session:
         )
         try:
             with gradients_apart(self.parameters):
-                collected = self.leaves.collect(self.parameters)
+                collected = collect(self.leaves, self.parameters)
         except RuntimeError as error:
             if not self.leaves.share_rows:
                 raise

@@ -19,7 +19,7 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 constexpr int64_t kFusedWeight = 1 << 16;  // as in kernels/stratified_linear/_cpp.py
-constexpr int64_t kSmallTable = 1024, kLookupsPerRow = 4;  // as in leaves.py
+constexpr int64_t kSmallTable = 1024, kLookupsPerRow = 4;  // as in collection.py
 
 // Calls an op; returns the stack with its results.
 template <class... Args>
@@ -233,7 +233,7 @@ struct Embedding final : Boundary {
     return once({out}, grad);
   }
 
-  // As `leaves.dense_lookup`.
+  // As `collection.dense_lookup`.
   at::Tensor dense(const at::Tensor& flat, const at::Tensor& strata,
                    const at::Tensor& values) const {
     const at::Tensor out = at::zeros(shape, values.options());
