@@ -185,7 +185,7 @@ class RaggedLoader:
                     pipeline = self._start(epoch, step)
                 depth = pipeline.num_ready
                 made = pipeline.get()
-                self._advance(epoch, step)
+                sampler.count(epoch, step)
                 yield made, depth
             for _ in sampler:  # at its end already: goes to the next epoch
                 raise AssertionError("the sampler grew while it was read")
@@ -226,14 +226,6 @@ class RaggedLoader:
                 discard=maker.discard,
             )
         return self._pipeline
-
-    def _advance(self, epoch: int, step: int) -> None:
-        """Count one more batch as handed out; the sampler itself drew none of them."""
-        sampler = self.sampler
-        if step + 1 < len(sampler):
-            sampler.load_state_dict({**sampler.state_dict(), "epoch": epoch, "step": step + 1})
-        else:  # a state never names the end of an epoch, where the sampler has to stay for now
-            next(iter(sampler))
 
     def _count(self, made: Made, depth: int, waited: float) -> None:
         counts = self._counts

@@ -215,6 +215,15 @@ class StratifiedBatchSampler:
         """Return how many batches of the current epoch were given out."""
         return self._step
 
+    def count(self, epoch: int, step: int) -> None:
+        """Note that a batch, which :meth:`batch` told, was given out: the position is after it.
+
+        Args:
+            epoch: From 0.
+            step: Batch of the epoch; after the last one the position is the end of the epoch.
+        """
+        self.epoch, self._step = epoch, step + 1
+
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch; the current epoch keeps its position.
 
