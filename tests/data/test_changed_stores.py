@@ -18,6 +18,7 @@ from pinet_fast.data import (
     evaluation_batches,
     prepare,
 )
+from pinet_fast.data import loader as loader_module
 from pinet_fast.errors import StoreError
 
 SPLIT = Split.leave_one_out()
@@ -59,7 +60,8 @@ def append(path):
     ("change", "threads"),
     [("value", 0), ("value", 2), ("append", 0), ("append", 2), ("touch", 2), ("cut", 0)],
 )
-def test_a_file_written_to_while_open_ends_the_batches(store, threads, change):
+def test_a_file_written_to_while_open_ends_the_batches(store, threads, change, monkeypatch):
+    monkeypatch.setattr(loader_module, "_WORDS_AT_A_TIME", 1)  # nothing is built ahead
     raw, items = store.path.read_bytes(), store.items.tobytes()
     loader = loader_of(store, threads)
     batches = iter(loader)
@@ -82,6 +84,19 @@ def test_a_file_written_to_while_open_ends_the_batches(store, threads, change):
         list(evaluation_batches(store, split=SPLIT, strata=strata, max_len=5, batch_size=9))
     with pytest.raises(StoreError, match="written to while"):
         Negatives(1).bind(store, SPLIT)
+
+
+def test_batches_that_were_built_before_are_those_of_the_log(store):
+    """Small ones are built together; the next that is built sees the change."""
+    expected = [batch.values.tolist() for batch in loader_of(store)]
+    loader = loader_of(store)
+    batches = iter(loader)
+    seen = [next(batches).values.tolist()]
+    append(store.path)
+    seen += [batch.values.tolist() for batch in batches]
+    assert seen == expected
+    with pytest.raises(StoreError, match="written to while"):
+        next(iter(loader))
 
 
 def test_a_file_replaced_or_deleted_while_open_is_no_harm(log, store):
