@@ -32,16 +32,33 @@ def minimise(gram: Tensor) -> Tensor:
         Nocedal and Wright, Numerical Optimization (2006), section 16.6, with the equality
         constraint eliminated.
     """
-    if gram.device.type != "cpu":
-        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        found: Tensor = _iterate(torch, gram, identity, _solve)
-        return found
+    return on_host(gram) if gram.device.type == "cpu" else on_device(gram)
+
+
+def on_device(gram: Tensor) -> Tensor:
+    """Do so by torch, which waits for no value."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    weights: Tensor = _iterate(torch, gram, identity, _solve)
+    return weights
+
+
+def on_host(gram: Tensor) -> Tensor:
+    """Do so by NumPy."""
     import numpy as np
 
     numbers = gram.detach().numpy()
     with np.errstate(all="ignore"):  # what is not finite is NaN in the end
-        weights = _iterate(np, numbers, np.eye(numbers.shape[-1]), np.linalg.solve)
+        weights = _iterate(np, numbers, np.eye(numbers.shape[-1]), _solve_on_host)
     return torch.from_numpy(weights)
+
+
+def _solve_on_host(matrix: Any, right: Any) -> Any:
+    import numpy as np
+
+    try:
+        return np.linalg.solve(matrix, right)
+    except np.linalg.LinAlgError:  # one of the batch: torch solves the others
+        return _solve(torch.from_numpy(matrix), torch.from_numpy(right)).numpy()
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
