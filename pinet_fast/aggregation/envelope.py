@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,8 +27,14 @@ def refuse_outside_envelope(
         AggregationError: Several ranks, sharded parameters, or CUDA graph capture while the leak
             check is armed.
     """
-    _refuse_ranks()
-    _refuse_sharded(parameters, names)
+    # Every step asks, so what is never so in most processes is told without a call for it.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        _refuse_ranks()
+    sharding = sys.modules.get("torch.distributed.tensor")  # nobody has one without this import
+    if sharding is not None:
+        for kind in {*map(type, parameters)}:
+            if issubclass(kind, sharding.DTensor):
+                _refuse_sharded(parameters, names, sharding)
     # Nothing is captured before CUDA is initialised; asking for that is cheap.
     initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     capturing = initialised and torch.cuda.is_current_stream_capturing()
@@ -100,10 +106,7 @@ _TRACED = (
 
 def _refuse_ranks() -> None:
     """Stratum gradients are not reduced across ranks yet, and each rank would go its own way."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    if (ranks := distributed.get_world_size()) > 1:
+    if (ranks := torch.distributed.get_world_size()) > 1:
         raise AggregationError(
             f"stratify: this process is one of {ranks} ranks, and stratum gradients are not "
             'reduced across ranks yet; train on one, or use rule="joint" or "backdoor", which '
@@ -111,14 +114,9 @@ def _refuse_ranks() -> None:
         )
 
 
-def _refuse_sharded(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-    module = sys.modules.get("torch.distributed.tensor")  # nobody has one without this import
-    if module is None:
-        return
-    if not any(issubclass(kind, module.DTensor) for kind in {*map(type, parameters)}):
-        return
+def _refuse_sharded(parameters: Sequence[Tensor], names: Sequence[str], sharding: Any) -> None:
     for p, name in zip(parameters, names, strict=True):
-        if isinstance(p, module.DTensor):
+        if isinstance(p, sharding.DTensor):
             raise AggregationError(
                 f"stratify: {name} is a DTensor, and stratum gradients are not reduced across "
                 'its shards; train with plain parameters, or use rule="joint" or "backdoor"'
