@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Lifetime = Literal["copy", "lease"]
 
 _MIN_TRAINABLE = 2
-_WORDS_AT_A_TIME = 1 << 15
+_WORDS_AT_A_TIME, _BATCHES_AT_A_TIME = 1 << 15, 16
 """Without threads, batches are built until they have so many words together, 0.25 MB."""
 
 
@@ -286,4 +286,5 @@ class RaggedLoader:
 
 
 def _at_a_time(made: Made) -> int:
-    return max(1, _WORDS_AT_A_TIME // max(1, made.assembly.layout.num_words))
+    fitting = _WORDS_AT_A_TIME // max(1, made.assembly.layout.num_words)
+    return min(max(fitting, 1), _BATCHES_AT_A_TIME)
