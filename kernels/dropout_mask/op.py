@@ -52,7 +52,7 @@ def dropout_mask(
     Cost:
         ``cost(count, itemsize)``: each element is written once.
     """
-    if not like.dtype.is_floating_point or like.dtype not in _DTYPES:
+    if like.dtype not in _DTYPES:
         raise InputError(
             "dropout_mask: like: expected float32, float64, bfloat16 or float16, got "
             f"{like.dtype}; give a tensor of the dtype the mask is multiplied with"

@@ -33,7 +33,8 @@ Lifetime = Literal["copy", "lease"]
 
 _MIN_TRAINABLE = 2
 _WORDS_AT_A_TIME, _BATCHES_AT_A_TIME = 1 << 15, 16
-"""Without threads, batches are built until they have so many words together, 0.25 MB."""
+"""Without threads, batches are built until they have so many words together (0.25 MB), or are so
+many."""
 
 
 class RaggedLoader:

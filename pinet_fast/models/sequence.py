@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,19 @@ class SequenceModel(nn.Module):
     """
 
     padding_bias: Tensor
+    _looks_up_once = True
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A forward goes past these, so not where a subclass has ideas of its own about them.
+        passed = (
+            "hidden",
+            "event_losses",
+            "training_states",
+            "training_losses",
+            "candidate_scores",
+        )
+        cls._looks_up_once = all(getattr(cls, n) is getattr(SequenceModel, n) for n in passed)
 
     def __init__(
         self,
@@ -94,7 +107,7 @@ class SequenceModel(nn.Module):
         Returns:
             [T, d].
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: implement states(items, offsets)")
 
     def hidden(self, values: Tensor, offsets: Tensor) -> Tensor:
         """Return the state after every event.
@@ -135,7 +148,8 @@ class SequenceModel(nn.Module):
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Return the losses of a batch, one an event, [T]."""
-        candidates = None if self.outputs is not None else self.event_loss.candidates(batch)
+        is_once = self._looks_up_once and self.outputs is None
+        candidates = self.event_loss.candidates(batch) if is_once else None
         if candidates is None:
             return self.training_losses(self.training_states(batch), batch)
         # One lookup of what is read and what is scored: the backward of two makes two gradients of

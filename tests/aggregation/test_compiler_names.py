@@ -15,8 +15,14 @@ from torch import nn
 
 import pinet_fast
 from pinet_fast import GradientAggregator
-from pinet_fast.aggregation import session
-from pinet_fast.aggregation.compiler_names import NEEDED, can_trace, frame_callback
+from pinet_fast.aggregation import compiler_names, session
+from pinet_fast.aggregation.compiler_names import (
+    NEEDED,
+    STANCES,
+    can_trace,
+    eager_stance,
+    frame_callback,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,6 +106,26 @@ def remove(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def forbidden() -> None:
     raise AssertionError("the code that needs the names was imported")
+
+
+@pytest.mark.parametrize("name", ["", *STANCES])
+def test_the_stance_is_put_back_with_or_without_the_quick_way(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = torch._dynamo.eval_frame
+    remove(monkeypatch, name)
+    compiler_names._quick_stance.cache_clear()
+    try:
+        with torch.compiler.set_stance("eager_on_recompile"):
+            with eager_stance():
+                assert frames._stance.stance == "force_eager"
+                with eager_stance():
+                    assert frames._stance.stance == "force_eager"
+                assert frames._stance.stance == "force_eager"
+            assert frames._stance.stance == "eager_on_recompile"
+        assert (compiler_names._quick_stance() is None) == bool(name)
+    finally:
+        compiler_names._quick_stance.cache_clear()
 
 
 @pytest.mark.parametrize("name", NEEDED)

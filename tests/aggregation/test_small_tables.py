@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.lanes import Batch, compare, per_row
+from support.lanes import Batch, boundaries_in_python, compare, lane, per_row
 from support.oracle import autograd_stratum_gradients, relative_error
 from torch import Tensor, nn
 
@@ -119,6 +119,22 @@ class Positions(nn.Module):
         x = self.items(batch.ids(40, batch.num_rows))
         x = x + self.positions(batch.ids(4, batch.num_rows, salt=1))
         return per_row(self.out(x * self.positions(batch.ids(4, batch.num_rows, salt=2))))
+
+
+@pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
+@pytest.mark.parametrize(("num_rows", "is_full"), [(6, True), (7, False)])
+def test_the_lane_calls_the_same_tables_small(num_rows: int, is_full: bool) -> None:
+    model = Table(num_rows)
+    opt = GradientAggregator(torch.optim.SGD(model.parameters(), lr=0.1), "agreement")
+    with lane(True):
+        for _ in range(5):
+            opt.zero_grad()
+            with opt.stratify(IDS, num_strata=S), boundaries_in_python() as seen:
+                losses = model(torch.randint(num_rows, (N,)))
+            opt.backward(losses)
+    assert seen.total() == 0
+    found = next(g for p, g in opt._pending.touched() if p is model.table.weight)
+    assert (found.rows is None) == is_full
 
 
 @pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")

@@ -131,6 +131,20 @@ def test_losses_are_those_of_the_states(name: str) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected.sum(), model.items.weight))
 
 
+def test_a_subclass_with_states_of_its_own_is_asked_for_them() -> None:
+    class Doubled(SASRec):
+        def hidden(self, values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+            return 2 * super().hidden(values, offsets)
+
+    torch.manual_seed(0)
+    plain, doubled = SASRec(V, dim=8, loss="bce").eval(), Doubled(V, dim=8, loss="bce").eval()
+    doubled.load_state_dict(plain.state_dict())
+    batch = ragged_batch(STRATA, LENGTHS, num_strata=S, num_items=V)
+    states = plain.hidden(batch.values, batch.offsets)
+    torch.testing.assert_close(doubled(batch), plain.event_losses(2 * states, batch))
+    assert not torch.allclose(doubled(batch), plain(batch))
+
+
 def test_candidates_have_the_scores_of_the_catalogue(name: str) -> None:
     model, batch = made(name), batch_of()
     items = torch.randint(1, V + 1, (len(LENGTHS), 4))
