@@ -71,6 +71,18 @@ def backends(op: str) -> tuple[Backend, ...]:
     return _ops[op]
 
 
+def is_first(name: str, ops: Sequence[str]) -> bool:
+    """Return whether a backend serves these ops wherever it supports the inputs."""
+    forced = _env.forced_backend()
+    if forced is not None and forced != name:
+        return False
+    for op in ops:
+        first = _ops[op][0]
+        if first.name != name or first.probe() is not None:
+            return False
+    return True
+
+
 def ops() -> tuple[str, ...]:
     """Return the names of all registered ops."""
     return tuple(_ops)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pinet_fast.aggregation import compiled
 from pinet_fast.aggregation.stratum_gradient import StratumGradient, from_lookups
 from pinet_fast.kernels import stratified_embedding_add
 
@@ -25,11 +26,11 @@ class Collected:
 
     Attributes:
         strata: The S stratum gradients, one entry a parameter; None = untouched.
-        terms: The gradient of batch-free terms, one entry a parameter; None = in no term.
+        terms: The gradient of batch-free terms, by the position of the parameter.
     """
 
     strata: list[StratumGradient | None]
-    terms: list[Tensor | None]
+    terms: dict[int, Tensor] = field(default_factory=dict)
 
 
 def collect(leaves: VirtualLeaves, parameters: Sequence[Tensor]) -> Collected:
@@ -53,15 +54,7 @@ class _Collection:
         self.derived: dict[int, tuple[Root, Tensor]] = {}
 
     def run(self) -> Collected:
-        for root, leaf in self.leaves.dense_leaves.values():
-            grad = leaf.grad
-            if grad is None:
-                continue
-            source = root.sources[0]
-            if root.is_parameter and self.dense[source] is None and not grad.is_sparse:
-                self.dense[source] = grad  # as nearly all do: no call for it
-            else:
-                self._add(root, grad)
+        self._add_dense()
         for entry in self.leaves.lookups:
             of_lookup = entry.gradient()
             if of_lookup is not None:
@@ -81,6 +74,19 @@ class _Collection:
             else:
                 strata.append(None if dense is None else StratumGradient(dense))
         return Collected(strata, self._terms())
+
+    def _add_dense(self) -> None:
+        """Add what arrived at dense leaves; the usual ones lose it."""
+        functions, leaves = compiled.functions(), self.leaves.dense_leaves
+        if functions is not None:
+            taken = functions.take_gradients(leaves, len(self.parameters))
+            if taken is not None:
+                self.dense = taken
+                return
+        for root, leaf in leaves.values():
+            grad = leaf.grad
+            if grad is not None:
+                self._add(root, grad)
 
     def _add(self, root: Root, grad: Tensor) -> None:
         """Add the gradient [S, *root.shape], dense or over (stratum, item)."""
@@ -147,9 +153,9 @@ class _Collection:
                 if ordinary is not None:
                     torch.autograd.backward(tensor, ordinary, retain_graph=True)
 
-    def _terms(self) -> list[Tensor | None]:
-        """Return the gradient of the batch-free terms, one a parameter."""
-        totals: list[Tensor | None] = [None] * len(self.parameters)
+    def _terms(self) -> dict[int, Tensor]:
+        """Return the gradient of the batch-free terms, by the position of the parameter."""
+        totals: dict[int, Tensor] = {}
         for term in self.leaves.terms:
             grad = term.gradient() if term.is_apart else None
             if grad is None:
@@ -161,8 +167,7 @@ class _Collection:
             for source, pushed in zip(term.root.sources, parts, strict=True):
                 if pushed is not None:
                     dense = pushed.to_dense() if pushed.is_sparse else pushed
-                    known = totals[source]
-                    totals[source] = dense if known is None else known + dense
+                    totals[source] = totals[source] + dense if source in totals else dense
         return totals
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from pinet_fast import profiling
+from pinet_fast.aggregation import compiled
 from pinet_fast.aggregation.report import AggregationReport, LeakState
 from pinet_fast.aggregation.rules import ConstantRule, ElementwiseRule, GramRule, Rule
 from pinet_fast.errors import AggregationError
-from pinet_fast.kernels import stratum_gram
+from pinet_fast.kernels import _registry, stratum_gram
 from pinet_fast.kernels.stratum_combine import combine_unchecked
 
 if TYPE_CHECKING:
@@ -84,8 +85,7 @@ class Combination:
                 "`with opt.stratify(batch.strata):`"
             )
         with profiling.GRAM:
-            grams: Tensor = stratum_gram([g.values for _, g in touched])
-            whole = grams.sum(0)
+            grams, whole = _grams([g.values for _, g in touched])
         weights = None
         if isinstance(self.rule, ElementwiseRule):
             with profiling.COMBINE:
@@ -93,12 +93,13 @@ class Combination:
                     g.spread(self.rule.aggregate(g.values, g.touched, present), p)
                     for p, g in touched
                 ]
+            self.pending.write(combined)
         else:
             with profiling.RULE:
                 weights = self._weights(grams, whole, present, rows)
             with profiling.COMBINE:
-                combined = _mixed(touched, weights)
-        self.pending.write(combined)
+                if not self.pending.write_weighted(weights):
+                    self.pending.write(_mixed(touched, weights))
         session = self.session
         return AggregationReport(
             mode="exact" if session.interception is None else "one-pass",
@@ -132,6 +133,18 @@ class Combination:
             return grams.new_tensor(self.constant_weights(rows))
         assert isinstance(self.rule, GramRule)
         return self.rule.stratum_weights(grams if self.rule.per_parameter else whole, present)
+
+
+def _grams(values: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the Gram of every parameter, float64 [P, S, S], and that of the whole model."""
+    functions = compiled.functions()
+    if functions is not None and _registry.is_first("cpp", ("stratum_gram",)):
+        found: tuple[Tensor, Tensor] | None = functions.gram(values)
+        if found is not None:
+            _registry.record_call("stratum_gram", "cpp")
+            return found
+    grams: Tensor = stratum_gram(values)
+    return grams, grams.sum(0)
 
 
 def _mixed(touched: Sequence[tuple[Tensor, StratumGradient]], weights: Tensor) -> list[Tensor]:

@@ -10,15 +10,11 @@ one serves, they call its op. Whatever is otherwise is left to
 :class:`Interception`, so that nothing is decided in two ways: layouts that the graph would have to
 tell through views, autocast, saved-tensor hooks, modes of other libraries (``set_default_device``
 is one), subclasses of tensors, ``shared()``, derived parameters, first uses.
-
-The library is for the versions of torch and Python that it was built with; elsewhere there is no
-lane.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import operator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -28,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pinet_fast import _env, profiling
-from pinet_fast.aggregation import provenance
+from pinet_fast.aggregation import compiled, provenance
 from pinet_fast.aggregation.gradient_calls import GRADIENT_CALLS, refuse_backward
 from pinet_fast.aggregation.interception import Interception
 from pinet_fast.aggregation.leak_check import LeakCheck, Site
@@ -47,18 +43,15 @@ _KERNELS = ("stratified_linear_backward", "stratified_norm_backward", "stratifie
 
 @functools.cache
 def _library() -> tuple[Any, str | None]:
-    """Return the compiled module, or None and the reason why there is none."""
-    version = "_".join(torch.__version__.split(".")[:2])
-    try:
-        module = importlib.import_module(f"pinet_fast._lane_{version}")
-    except ImportError as error:
-        return None, f"not built for this torch and Python ({error}); run make install again"
-    module.configure(
-        Interception.__torch_function__, set_shared, refuse_backward, GRADIENT_CALLS,
-        (F.linear, F.layer_norm, F.embedding, torch.layer_norm, torch.embedding),
-        tuple(provenance.SAME_SHAPE), tuple(provenance.READERS),
-    )  # fmt: skip
-    return module, None
+    """Return the compiled module, told of the interception, or None and why there is none."""
+    module, reason = compiled.load()
+    if module is not None:
+        module.configure(
+            Interception.__torch_function__, set_shared, refuse_backward, GRADIENT_CALLS,
+            (F.linear, F.layer_norm, F.embedding, torch.layer_norm, torch.embedding),
+            tuple(provenance.SAME_SHAPE), tuple(provenance.READERS),
+        )  # fmt: skip
+    return module, reason
 
 
 def refusal() -> str | None:
@@ -81,7 +74,8 @@ def _interception() -> type[Interception]:
             self.rows.layout_of = self.lane.layout_of
             self.lane.begin(
                 self.by_id, self.leaves, *self.leaves.lent(), self._occurrences, self._known,
-                self.leaves.num_strata, self.rows.whole_layouts(), _has_kernels(),
+                self.leaves.num_strata, self.rows.whole_layouts(),
+                _registry.is_first("cpp", _KERNELS),
                 self.leaves.keeps_touched,
             )  # fmt: skip
 
@@ -113,14 +107,6 @@ def _interception() -> type[Interception]:
                 self.lane.pause(was_paused)
 
     return LaneInterception
-
-
-def _has_kernels() -> bool:
-    """Return whether the compiled kernels serve, so that nodes need not ask the registry."""
-    first = [_registry.backends(op)[0] for op in _KERNELS]
-    return _env.forced_backend() in (None, "cpp") and all(
-        backend.name == "cpp" and backend.probe() is None for backend in first
-    )
 
 
 class _Settled(NamedTuple):

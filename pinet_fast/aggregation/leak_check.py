@@ -179,6 +179,8 @@ class LeakCheck:
     @property
     def has_unproven(self) -> bool:
         """Return whether a site that was seen is not proven yet."""
+        if self.mode == "first":  # every step asks
+            return len(self.settled) < len(self._proofs)
         return None in [proof.step for proof in self._proofs.values()]
 
     def proven_role(self, parameter: tuple[int, ...], op: str) -> tuple[str, int] | None:

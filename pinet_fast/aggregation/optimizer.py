@@ -159,7 +159,8 @@ class GradientAggregator(StratifyingOptimizer):
             if not any(reduced.rows.present):
                 raise AggregationError("backward: every stratum is empty (no loss rows)")
             if session.interception is not None or self._wants_stratum_gradients():
-                mark_terms(losses)
+                if session.leaves.terms:
+                    mark_terms(losses)
                 with profiling.BACKWARD:
                     collected = session.stratum_gradients(reduced, self._num_steps)
                 self.report = self._combination(session).run(collected, reduced.rows, reduced)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from pinet_fast.aggregation import compiled
+from pinet_fast.kernels import _registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,16 +52,21 @@ class Entry:
 
 
 class PendingGradients:
-    """The stratum gradients of the backwards since the last step."""
+    """The stratum gradients of the backwards since the last step.
+
+    Nearly always there is one backward: what it left is taken apart, an entry a parameter, where
+    something has to be done for each.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[int, Entry] = {}
-        self._present: list[bool] = []
+        self.clear()
 
     def clear(self) -> None:
         """Forget them: their step was taken, or their gradients were cleared."""
-        self._entries = {}
-        self._present = []
+        self._entries: dict[int, Entry] = {}
+        self._present: list[bool] = []
+        self._single: list[tuple[Tensor, StratumGradient]] = []
+        self._written: list[Tensor] | None = None
 
     def add(
         self, parameters: Sequence[Tensor], collected: Collected, present: Sequence[bool]
@@ -68,11 +76,17 @@ class PendingGradients:
         Where something else has written to ``p.grad`` since (clipping, a plain backward, a reset),
         the earlier backwards are left in it as they are, and the sum starts anew.
         """
+        self._take_apart()
         if self._entries and not all(entry.is_untouched for entry in self._entries.values()):
             self.clear()
         before = self._present or [False] * len(present)
         self._present = [a or b for a, b in zip(before, present, strict=True)]
-        for p, strata, term in zip(parameters, collected.strata, collected.terms, strict=True):
+        if not self._entries and not collected.terms:
+            pairs = zip(parameters, collected.strata, strict=True)
+            self._single = [(p, strata) for p, strata in pairs if strata is not None]
+            return self._present
+        for i, (p, strata) in enumerate(zip(parameters, collected.strata, strict=True)):
+            term = collected.terms.get(i)
             if strata is None and term is None:
                 continue
             entry = self._entries.get(id(p))
@@ -84,10 +98,49 @@ class PendingGradients:
             entry.term = summed(entry.term, term)
         return self._present
 
+    def _take_apart(self) -> None:
+        """Make an entry a parameter of the only backward."""
+        for i, (p, strata) in enumerate(self._single):
+            if self._written is None:
+                entry = Entry(p, strata, None, p.grad)
+            else:  # new tensors, that nobody had written to before
+                entry = Entry(p, strata, None, None, (self._written[i], 0))
+            self._entries[id(p)] = entry
+        self._single, self._written = [], None
+
     def touched(self) -> list[tuple[Tensor, StratumGradient]]:
         """Return the parameters that have stratum gradients, and these."""
+        if self._single:
+            return self._single
         entries = self._entries.values()
         return [(e.parameter, e.strata) for e in entries if e.strata is not None]
+
+    def write_weighted(self, weights: Tensor) -> bool:
+        """Write every ``p.grad`` in one compiled call, where that is all there is to do.
+
+        Not where several backwards add up, nor where ``p.grad``, hooks or a sparse gradient want
+        something of their own; nothing is written then.
+
+        Args:
+            weights: Of the strata, float64 [S], or [P, S] for the parameters in :meth:`touched`.
+
+        Returns:
+            Whether it was done.
+        """
+        functions = compiled.functions()
+        if functions is None or not self._single:
+            return False
+        if not _registry.is_first("cpp", ("stratum_combine",)):
+            return False
+        parameters, gradients = zip(*self._single, strict=True)
+        if any([g.is_sparse for g in gradients]):
+            return False
+        values, rows = [g.values for g in gradients], [g.rows for g in gradients]
+        self._written = functions.write(list(parameters), values, rows, weights)
+        if self._written is None:
+            return False
+        _registry.record_call("stratum_combine", "cpp")
+        return True
 
     @torch.no_grad()
     def write(self, combined: Sequence[Tensor]) -> None:
@@ -96,6 +149,7 @@ class PendingGradients:
         Args:
             combined: The combined gradient of every parameter in :meth:`touched`.
         """
+        self._take_apart()
         gradients = iter(combined)
         for entry in self._entries.values():
             p = entry.parameter
@@ -128,26 +182,36 @@ def summed(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return total.coalesce() if total.is_sparse else total
 
 
+def hold_nothing(parameters: list[Tensor]) -> bool:
+    """Return whether no parameter has a gradient or hooks; False may be said of others too."""
+    functions = compiled.functions()
+    return functions is not None and functions.holds_nothing(parameters)
+
+
 @contextmanager
-def gradients_apart(parameters: Sequence[Tensor]) -> Iterator[None]:
+def gradients_apart(parameters: list[Tensor]) -> Iterator[None]:
     """Have ``p.grad`` start empty inside; gradients from before and hooks are put back after."""
-    before = [p.grad for p in parameters]
-    hooked = [
-        (p, name, hooks)
-        for p in parameters
-        for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
-        if (hooks := getattr(p, name)) is not None
-    ]
+    before: list[Tensor | None] = []
+    hooked: list[tuple[Tensor, str, Any]] = []
+    if not hold_nothing(parameters):
+        before = [p.grad for p in parameters]
+        hooked = [
+            (p, name, hooks)
+            for p in parameters
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks")
+            if (hooks := getattr(p, name)) is not None
+        ]
     for p, name, _ in hooked:
         setattr(p, name, OrderedDict())  # None would leave post-accumulate hooks installed
-    for p, grad in zip(parameters, before, strict=True):
+    for p, grad in zip(parameters, before, strict=False):
         if grad is not None:
             p.grad = None
     try:
         yield
     finally:
-        for p, grad in zip(parameters, before, strict=True):
-            if p.grad is not grad:
-                p.grad = grad
+        if before or not hold_nothing(parameters):
+            for p, grad in zip(parameters, before or [None] * len(parameters), strict=True):
+                if p.grad is not grad:
+                    p.grad = grad
         for p, name, hooks in hooked:
             setattr(p, name, hooks)

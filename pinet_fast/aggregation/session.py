@@ -15,7 +15,7 @@ from pinet_fast.aggregation.envelope import retained_buffers
 from pinet_fast.aggregation.gradient_calls import refuse_backward, replay
 from pinet_fast.aggregation.interception import Interception
 from pinet_fast.aggregation.leaves import VirtualLeaves
-from pinet_fast.aggregation.pending import gradients_apart
+from pinet_fast.aggregation.pending import gradients_apart, hold_nothing
 from pinet_fast.aggregation.rows import BatchRows
 from pinet_fast.aggregation.rules.base import BatchStrata
 from pinet_fast.aggregation.stratum_gradient import StratumGradient, from_lookups
@@ -172,13 +172,16 @@ class Session:
                 )
             finally:  # an error, too, leaves calls behind
                 self.interception.note_calls()
-            got_gradient = [p.grad is not None for p in self.parameters]
+            outside = [] if hold_nothing(self.parameters) else self._positions_with_gradient()
             collected = collect(self.leaves, self.parameters)
-        self._refuse_outside(got_gradient)
+        self._refuse_outside(outside)
         return collected
 
-    def _refuse_outside(self, got_gradient: Sequence[bool]) -> None:
-        touched = [name for got, name in zip(got_gradient, self.names, strict=True) if got]
+    def _positions_with_gradient(self) -> list[int]:
+        return [i for i, p in enumerate(self.parameters) if p.grad is not None]
+
+    def _refuse_outside(self, positions: Sequence[int]) -> None:
+        touched = [self.names[i] for i in positions]
         if touched:
             if self.plan is not None:  # a graph may have done so: the next step is eager
                 self.plan.refuse(f"{touched[0]} met rows where no boundary was")
@@ -209,7 +212,7 @@ class Session:
                 full = [torch.zeros_like(p) if g is None else g for g in grads]
                 stacked = torch.stack([g.to_dense() if g.is_sparse else g for g in full])
                 strata.append(StratumGradient(stacked))
-        return Collected(strata, [None] * len(strata))
+        return Collected(strata)
 
     # A scalar loss ------------------------------------------------------------------------------
 
@@ -245,8 +248,10 @@ class Session:
         assert self.scalar is not None
         self._refuse_outside(
             [
-                p.grad is not grad or (grad is not None and grad._version != version)
-                for p, (grad, version) in zip(self.parameters, self._grads_at_entry, strict=True)
+                i
+                for i, (grad, version) in enumerate(self._grads_at_entry)
+                if self.parameters[i].grad is not grad
+                or (grad is not None and grad._version != version)
             ]
         )
         try:

@@ -132,6 +132,8 @@ def lane(on: bool) -> Iterator[None]:
 def boundaries_in_python() -> Iterator[Counter[str]]:
     """Count the calls inside that reach the boundary rules in Python, by their function's name.
 
+    Looks at an attribute of a parameter, such as its gradient, do not count.
+
     The lane was handed the interception's ``__torch_function__`` itself, but that one looks the
     method up which is wrapped here.
     """
@@ -139,7 +141,7 @@ def boundaries_in_python() -> Iterator[Counter[str]]:
     plain = Interception._boundary_or_derived
 
     def counting(self: Any, func: Any, args: Any, kwargs: Any) -> Any:
-        seen[func.__name__] += 1
+        seen[func.__name__] += func.__name__ != "__get__"
         return plain(self, func, args, kwargs)
 
     Interception._boundary_or_derived = counting  # type: ignore[method-assign]

@@ -1,4 +1,5 @@
-// The module `_lane`: the interception's usual calls without Python.
+// The module `_lane`: the interception's usual calls without Python, and what a step does for all
+// parameters (gradients.cpp).
 //
 // `torch_function` is the `__torch_function__` of a mode. It passes on what no parameter takes part
 // in, and makes the boundaries of linear layers, norms and lookups itself where nothing is left to
@@ -7,6 +8,7 @@
 
 #include <torch/csrc/Exceptions.h>
 
+#include "gradients.h"
 #include "lane.h"
 
 namespace pinet {
@@ -122,5 +124,6 @@ PyMODINIT_FUNC PINET_LANE_INIT() {
   if (!function) return nullptr;
   THPObjectPtr method(PyInstanceMethod_New(function));
   if (!method || PyModule_AddObjectRef(module, "torch_function", method) != 0) return nullptr;
+  if (PyModule_AddFunctions(module, pinet::gradient_methods) != 0) return nullptr;
   return module.release();
 }

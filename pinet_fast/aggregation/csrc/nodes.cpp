@@ -1,7 +1,6 @@
 #include "nodes.h"
 
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
@@ -9,6 +8,8 @@
 #include <initializer_list>
 #include <string>
 #include <utility>
+
+#include "ops.h"
 
 namespace pinet {
 namespace {
@@ -20,20 +21,6 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kFusedWeight = 1 << 16;  // as in kernels/stratified_linear/_cpp.py
 constexpr int64_t kSmallTable = 1024, kLookupsPerRow = 4;  // as in collection.py
-
-// Calls an op; returns the stack with its results.
-template <class... Args>
-torch::jit::Stack call(const c10::OperatorHandle& op, Args&&... args) {
-  torch::jit::Stack stack;
-  stack.reserve(sizeof...(args));
-  (stack.emplace_back(std::forward<Args>(args)), ...);
-  op.callBoxed(stack);
-  return stack;
-}
-
-c10::OperatorHandle find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-}
 
 // What an op of kernels/ returns, its wanted results in order; Python chooses the backend.
 template <class... Args>

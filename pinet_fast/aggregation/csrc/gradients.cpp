@@ -1,0 +1,222 @@
+#include "gradients.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <optional>
+#include <vector>
+
+#include "lane.h"
+#include "ops.h"
+
+namespace pinet {
+namespace {
+
+// A tensor of a kernel's: on a CPU, strided, float32 or float64, and nobody's subclass.
+bool is_served(PyObject* value) {
+  if (!THPVariable_CheckExact(value)) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.is_conj() &&
+         !tensor.is_neg() &&
+         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+}
+
+bool holds_nothing(PyObject* value) {
+  if (!THPVariable_CheckExact(value)) return false;
+  const at::Tensor& tensor = THPVariable_Unpack(value);
+  namespace impl = torch::autograd::impl;
+  if (impl::get_autograd_meta(tensor) == nullptr) return true;
+  return !tensor.grad().defined() && impl::hooks(tensor).empty() &&
+         impl::post_acc_grad_hooks(tensor) == nullptr;
+}
+
+// holds_nothing(parameters): whether none has a gradient or hooks.
+PyObject* list_holds_nothing(PyObject*, PyObject* parameters) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(PyList_Check(parameters), "holds_nothing: expected a list");
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(parameters); ++i)
+    if (!holds_nothing(PyList_GET_ITEM(parameters, i))) Py_RETURN_FALSE;
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+// The position of the parameter that a root is; -1: it is derived, or has no single one.
+long source_of(PyObject* root) {
+  static PyObject* is_parameter = PyUnicode_InternFromString("is_parameter");
+  static PyObject* sources = PyUnicode_InternFromString("sources");
+  THPObjectPtr is_own(PyObject_GetAttr(root, is_parameter));
+  if (!is_own) throw python_error();
+  if (is_own.get() != Py_True) return -1;
+  THPObjectPtr positions(PyObject_GetAttr(root, sources));
+  if (!positions) throw python_error();
+  if (!PyTuple_Check(positions.get()) || PyTuple_GET_SIZE(positions.get()) != 1) return -1;
+  const long position = PyLong_AsLong(PyTuple_GET_ITEM(positions.get(), 0));
+  if (PyErr_Occurred()) throw python_error();
+  return position;
+}
+
+// take_gradients(dense leaves, P): takes the gradients of dense leaves, by parameter; None where
+// one is sparse, of something derived, or one of two, and then all stay where they are.
+PyObject* take_gradients(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject* leaves;
+  Py_ssize_t count;
+  if (!PyArg_ParseTuple(args, "O!n", &PyDict_Type, &leaves, &count)) return nullptr;
+  std::vector<const at::Tensor*> of(count, nullptr);
+  PyObject *key, *entry;
+  for (Py_ssize_t at = 0; PyDict_Next(leaves, &at, &key, &entry);) {
+    TORCH_CHECK_TYPE(PyTuple_Check(entry) && PyTuple_GET_SIZE(entry) == 2 &&
+                         THPVariable_Check(PyTuple_GET_ITEM(entry, 1)),
+                     "take_gradients: expected (root, leaf)");
+    const at::Tensor& leaf = THPVariable_Unpack(PyTuple_GET_ITEM(entry, 1));
+    const at::Tensor& grad = leaf.grad();
+    if (!grad.defined()) continue;
+    const long source = source_of(PyTuple_GET_ITEM(entry, 0));
+    if (source < 0 || source >= count || of[source] != nullptr || grad.layout() != at::kStrided)
+      Py_RETURN_NONE;
+    of[source] = &leaf;
+  }
+  THPObjectPtr taken(PyList_New(count));
+  if (!taken) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* item = of[i] ? THPVariable_Wrap(of[i]->grad()) : Py_NewRef(Py_None);
+    if (!item) return nullptr;
+    PyList_SET_ITEM(taken.get(), i, item);
+  }
+  for (const at::Tensor* leaf : of)
+    if (leaf) leaf->mutable_grad() = at::Tensor();
+  return taken.release();
+  END_HANDLE_TH_ERRORS
+}
+
+// gram(gradients): the Gram of every parameter and of all, as the op `stratum_gram` and a sum over
+// parameters give them; None where the compiled kernel does not serve.
+PyObject* gram(PyObject*, PyObject* list) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(PyList_Check(list), "gram: expected a list");
+  const Py_ssize_t count = PyList_GET_SIZE(list);
+  if (count == 0 || sees_every_op()) Py_RETURN_NONE;
+  std::vector<at::Tensor> gradients;
+  gradients.reserve(count);
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* value = PyList_GET_ITEM(list, i);
+    if (!is_served(value)) Py_RETURN_NONE;
+    gradients.push_back(THPVariable_Unpack(value));
+    if (gradients[i].dim() == 0 || gradients[i].size(0) == 0 ||
+        gradients[i].size(0) != gradients[0].size(0))
+      Py_RETURN_NONE;
+  }
+  const int64_t strata = gradients[0].size(0);
+  at::Tensor grams, whole;
+  {
+    at::NoGradGuard no_grad;
+    pybind11::gil_scoped_release released;
+    grams = at::empty({count, strata, strata}, gradients[0].options().dtype(at::kDouble));
+    static const auto op = find("pinet_cpp::stratum_gram");
+    call(op, std::move(gradients), grams);
+    whole = grams.sum(0);
+  }
+  THPObjectPtr first(THPVariable_Wrap(std::move(grams)));
+  THPObjectPtr second(THPVariable_Wrap(std::move(whole)));
+  return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether stratum gradients [S, ...], or [S, U, ...] of some rows, are a parameter's.
+bool fits(const at::Tensor& gradient, const at::Tensor& parameter, const at::Tensor* rows) {
+  if (gradient.scalar_type() != parameter.scalar_type() || parameter.layout() != at::kStrided ||
+      !parameter.is_cpu() || gradient.dim() != parameter.dim() + 1)
+    return false;
+  for (int64_t d = 0; d < parameter.dim(); ++d) {
+    const int64_t size = rows && d == 0 ? rows->numel() : parameter.size(d);
+    if (gradient.size(d + 1) != size) return false;
+  }
+  return !rows || (parameter.dim() > 0 && rows->dim() == 1 && rows->scalar_type() == at::kLong &&
+                   rows->is_cpu());
+}
+
+// What one call of the op `stratum_combine` takes.
+struct Combined {
+  std::vector<at::Tensor> parameters, gradients, outs, touched;
+  std::vector<int64_t> row_of;
+
+  // False where it is not for the compiled kernel.
+  bool add(PyObject* parameter, PyObject* gradient, PyObject* rows) {
+    if (!holds_nothing(parameter) || !is_served(gradient)) return false;
+    const at::Tensor* own = nullptr;
+    if (rows != Py_None) {
+      if (!THPVariable_CheckExact(rows)) return false;
+      own = &THPVariable_Unpack(rows);
+    }
+    const at::Tensor& of = THPVariable_Unpack(parameter);
+    if (!fits(THPVariable_Unpack(gradient), of, own)) return false;
+    parameters.push_back(of);
+    gradients.push_back(THPVariable_Unpack(gradient));
+    row_of.push_back(own ? static_cast<int64_t>(touched.size()) : -1);
+    if (own) touched.push_back(own->contiguous());
+    return true;
+  }
+
+  void run(const at::Tensor& weights) {
+    for (const at::Tensor& parameter : parameters)
+      outs.push_back(at::empty(parameter.sizes(), parameter.options()));
+    static const auto op = find("pinet_cpp::stratum_combine");
+    const at::Tensor by_row = weights.dim() == 1 ? weights.unsqueeze(0) : weights;
+    call(op, gradients, by_row.contiguous(), std::optional<at::Tensor>(), outs,
+         std::vector<int64_t>(outs.size(), 0), touched, row_of);
+  }
+};
+
+// write(parameters, gradients, rows, weights): combines the stratum gradients of parameters that
+// hold nothing, and returns what their `p.grad` is now; None where Python is to do it.
+PyObject* write(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *parameters, *gradients, *rows, *weights;
+  if (!PyArg_ParseTuple(args, "O!O!O!O", &PyList_Type, &parameters, &PyList_Type, &gradients,
+                        &PyList_Type, &rows, &weights))
+    return nullptr;
+  const Py_ssize_t count = PyList_GET_SIZE(parameters);
+  TORCH_CHECK_VALUE(PyList_GET_SIZE(gradients) == count && PyList_GET_SIZE(rows) == count,
+                    "write: expected lists of one length");
+  if (count == 0 || sees_every_op() || !is_served(weights)) Py_RETURN_NONE;
+  const at::Tensor& factors = THPVariable_Unpack(weights);
+  if (factors.scalar_type() != at::kDouble) Py_RETURN_NONE;
+  Combined combined;
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (!combined.add(PyList_GET_ITEM(parameters, i), PyList_GET_ITEM(gradients, i),
+                      PyList_GET_ITEM(rows, i)) ||
+        combined.gradients[i].size(0) != factors.size(-1))
+      Py_RETURN_NONE;
+  if (factors.dim() != 1 && (factors.dim() != 2 || factors.size(0) != count)) Py_RETURN_NONE;
+  {
+    at::NoGradGuard no_grad;
+    pybind11::gil_scoped_release released;
+    combined.run(factors);
+  }
+  THPObjectPtr written(PyList_New(count));
+  if (!written) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* out = THPVariable_Wrap(combined.outs[i]);
+    if (!out) return nullptr;
+    PyList_SET_ITEM(written.get(), i, out);
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) combined.parameters[i].mutable_grad() = combined.outs[i];
+  return written.release();
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+PyMethodDef gradient_methods[] = {
+    {"holds_nothing", list_holds_nothing, METH_O, nullptr},
+    {"take_gradients", take_gradients, METH_VARARGS, nullptr},
+    {"gram", gram, METH_O, nullptr},
+    {"write", write, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace pinet
