@@ -25,11 +25,15 @@ struct Site {
   int64_t settled = 0;   // occurrences 0..settled - 1 need no proof
 };
 
-// A parameter, and what this forward has made for it.
+// A parameter, and what forwards make for it: kept from one to the next where nobody else has it.
 struct Parameter {
-  at::Tensor tensor, detached, leaf;
+  at::Tensor tensor;  // of this forward
+  at::Tensor detached, leaf;
+  const c10::TensorImpl* made_from = nullptr;  // whose values are detached; it may be gone
   THPObjectPtr root;
   THPObjectPtr key, entry;  // id(root) and (root, leaf), as the leaves keep them
+  std::array<Py_ssize_t, 2> held{};  // counts of references to a leaf that nobody uses
+  bool is_dense = false;
   // sites[op][kind of the forward's rows]; kinds by name
   std::array<std::unordered_map<std::string, Site>, kNumOps> sites;
 };
@@ -47,7 +51,6 @@ struct Lane {
   PyObject_HEAD
   std::unordered_map<PyObject*, Parameter>* parameters;  // keys are kept alive by the list
   PyObject* list;
-  std::vector<PyObject*>* dense;  // parameters that take a dense leaf
   std::shared_ptr<Calls>* calls;
   // Of the forward that runs:
   std::shared_ptr<Forward>* forward;

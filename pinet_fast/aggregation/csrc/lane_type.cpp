@@ -21,6 +21,22 @@ void refuse() {
   throw std::move(error);
 }
 
+// Made anew by the next forward that wants them.
+void drop(Parameter& parameter) {
+  parameter.root = nullptr;
+  parameter.key = nullptr;
+  parameter.entry = nullptr;
+  parameter.leaf.reset();
+  parameter.detached.reset();
+}
+
+bool has_hooks(const at::Tensor& tensor) {
+  return !torch::autograd::impl::hooks(tensor).empty() ||
+         torch::autograd::impl::post_acc_grad_hooks(tensor) != nullptr;
+}
+
+// What belongs to one forward. Leaves stay, but for those with hooks: held from outside, these would
+// hide from the collector, and so would the hooks of parameters.
 void forget(Lane* self) {
   if (self->rows)
     for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
@@ -28,13 +44,8 @@ void forget(Lane* self) {
   if (self->kinds) self->kinds->clear();
   if (self->parameters)
     for (auto& entry : *self->parameters) {
-      Parameter& parameter = entry.second;
-      parameter.tensor.reset();  // held from outside, its hooks would hide from the collector
-      parameter.root = nullptr;
-      parameter.key = nullptr;
-      parameter.entry = nullptr;
-      parameter.leaf.reset();
-      parameter.detached.reset();
+      entry.second.tensor.reset();
+      if (entry.second.leaf.defined() && has_hooks(entry.second.leaf)) drop(entry.second);
     }
   Py_CLEAR(self->by_id);
   Py_CLEAR(self->leaves);
@@ -54,7 +65,6 @@ PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
   if (!object) return nullptr;
   Lane* self = reinterpret_cast<Lane*>(object.get());
   self->parameters = new std::unordered_map<PyObject*, Parameter>;
-  self->dense = new std::vector<PyObject*>;
   self->calls = new std::shared_ptr<Calls>(std::make_shared<Calls>());
   self->forward = new std::shared_ptr<Forward>;
   self->rows = new std::vector<Rows>;
@@ -66,8 +76,7 @@ PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
     if (PyErr_Occurred()) return nullptr;
     PyObject* value = PyList_GetItem(self->list, position);
     if (!value) return nullptr;
-    self->dense->push_back(value);
-    self->parameters->try_emplace(value);
+    (*self->parameters)[value].is_dense = true;
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(sites); ++i) {
     long position, op;
@@ -110,7 +119,6 @@ int lane_clear(PyObject* object) {
   Lane* self = reinterpret_cast<Lane*>(object);
   forget(self);
   if (self->parameters) self->parameters->clear();
-  if (self->dense) self->dense->clear();
   Py_CLEAR(self->list);
   return 0;
 }
@@ -120,7 +128,6 @@ void lane_dealloc(PyObject* object) {
   PyObject_GC_UnTrack(object);
   forget(self);
   delete self->parameters;
-  delete self->dense;
   delete self->forward;
   delete self->rows;
   delete self->kinds;
@@ -157,12 +164,50 @@ bool is_served(const at::Tensor& tensor) {
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
+// Whether a leaf is as it was made: without gradient and hooks, and with nobody else who has it, as
+// the graph of an earlier forward would.
+bool is_unused(const Parameter& parameter) {
+  if (parameter.leaf.grad().defined() || has_hooks(parameter.leaf)) return false;
+  if (!parameter.entry) return parameter.leaf.use_count() == 1;
+  PyObject* leaf = PyTuple_GET_ITEM(parameter.entry.get(), 1);
+  return Py_REFCNT(parameter.entry.get()) == 1 && Py_REFCNT(leaf) == parameter.held[0] &&
+         static_cast<Py_ssize_t>(parameter.leaf.use_count()) == parameter.held[1];
+}
+
+// Whether what an earlier forward made serves this one. Not where `p.data = ...` has put other
+// values in the place of those before, or where the parameter was swapped for another. The memory of
+// detached values is not given to others, so what has their address are they.
+bool is_ready(const Parameter& parameter, const PyObject* root, int64_t strata, bool is_dense) {
+  if (!parameter.leaf.defined() || parameter.root.get() != root || !parameter.entry == is_dense)
+    return false;
+  const at::Tensor& tensor = parameter.tensor;
+  const at::Tensor& detached = parameter.detached;
+  return parameter.made_from == tensor.unsafeGetTensorImpl() &&
+         parameter.leaf.size(0) == strata && detached.scalar_type() == tensor.scalar_type() &&
+         detached.const_data_ptr() == tensor.const_data_ptr() &&
+         detached.sizes() == tensor.sizes() && detached.strides() == tensor.strides() &&
+         is_unused(parameter);
+}
+
 // Leaves [S, ...] of stride 0 along S, without memory, and detached tensors: see leaves.py.
 bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
              PyObject* prepared, bool is_dense) {
   parameter.tensor = THPVariable_Unpack(value);  // it may have been converted since
-  if (!is_served(parameter.tensor)) return true;
+  if (!is_served(parameter.tensor)) {
+    drop(parameter);
+    return true;
+  }
+  THPObjectPtr id(PyLong_FromVoidPtr(value));
+  if (!id) return false;
+  PyObject* root = PyDict_GetItemWithError(self->by_id, id.get());
+  if (!root) return false;
+  if (is_ready(parameter, root, strata, is_dense))
+    return !is_dense || PyDict_SetItem(prepared, parameter.key.get(),
+                                       PyTuple_GET_ITEM(parameter.entry.get(), 1)) == 0;
+  drop(parameter);
+  parameter.root = Py_NewRef(root);
   c10::TensorImpl* impl = parameter.tensor.unsafeGetTensorImpl();
+  parameter.made_from = impl;
   parameter.detached = parameter.tensor.tensor_data();
   std::vector<int64_t> sizes = parameter.tensor.sizes().vec();
   std::vector<int64_t> strides = parameter.tensor.strides().vec();
@@ -171,16 +216,14 @@ bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
   auto expanded = impl->shallow_copy_and_detach(impl->version_counter(), true);
   expanded->set_sizes_and_strides(sizes, strides);
   parameter.leaf = at::Tensor(std::move(expanded)).set_requires_grad(true);
-  THPObjectPtr id(PyLong_FromVoidPtr(value));
-  if (!id) return false;
-  parameter.root = Py_XNewRef(PyDict_GetItemWithError(self->by_id, id.get()));
-  if (!parameter.root) return false;
   if (!is_dense) return true;
   THPObjectPtr leaf(THPVariable_Wrap(parameter.leaf));
   parameter.key = PyLong_FromVoidPtr(parameter.root);
   if (!leaf || !parameter.key) return false;
   parameter.entry = PyTuple_Pack(2, parameter.root.get(), leaf.get());
-  return parameter.entry && PyDict_SetItem(prepared, parameter.key.get(), leaf.get()) == 0;
+  if (!parameter.entry) return false;
+  parameter.held = {Py_REFCNT(leaf.get()) - 1, static_cast<Py_ssize_t>(parameter.leaf.use_count())};
+  return PyDict_SetItem(prepared, parameter.key.get(), leaf.get()) == 0;
 }
 
 bool begin(Lane* self, PyObject* args) {
@@ -210,13 +253,12 @@ bool begin(Lane* self, PyObject* args) {
     if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return false;
     if (!add_rows(self, kind, layout)) return false;
   }
-  if (sees_every_op()) return true;  // nothing is ready: Python makes what is needed
-  for (PyObject* value : *self->dense)
-    if (!prepare(self, (*self->parameters)[value], value, strata, prepared, true)) return false;
-  for (auto& entry : *self->parameters)
-    if (!entry.second.leaf.defined() &&
-        !prepare(self, entry.second, entry.first, strata, prepared, false))
-      return false;
+  if (sees_every_op()) {  // nothing is ready: Python makes what is needed
+    for (auto& entry : *self->parameters) drop(entry.second);
+    return true;
+  }
+  for (auto& [value, parameter] : *self->parameters)
+    if (!prepare(self, parameter, value, strata, prepared, parameter.is_dense)) return false;
   return true;
 }
 
