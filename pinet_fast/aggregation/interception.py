@@ -57,7 +57,12 @@ class Interception(BoundaryUses, TorchFunctionMode):
         slice_proofs: What earlier steps established for functions under the slice rule.
         own: The parameters' roots, as ``roots_of`` made them; others are added in here.
         takes_scalars: Whether ``loss.backward()`` on a reduced loss is expected.
+
+    Attributes:
+        prepares_leaves: It is worth noting which leaves a forward used, for the next one.
     """
+
+    prepares_leaves = True
 
     def __init__(
         self,

@@ -66,6 +66,7 @@ def _interception() -> type[Interception]:
     class LaneInterception(Interception):
         """An interception whose calls pass the lane first."""
 
+        prepares_leaves = False  # the lane keeps its own
         lane: Any
         depth = 0
         __torch_function__ = _library()[0].torch_function
@@ -73,7 +74,7 @@ def _interception() -> type[Interception]:
         def prepare(self, positions: Sequence[int]) -> None:
             self.rows.layout_of = self.lane.layout_of
             self.lane.begin(
-                self.by_id, self.leaves, *self.leaves.lent(), self._occurrences, self._known,
+                self.by_id, self.leaves, self.leaves.dense_leaves, self._occurrences, self._known,
                 self.leaves.num_strata, self.rows.whole_layouts(),
                 _registry.is_first("cpp", _KERNELS),
                 self.leaves.keeps_touched,
@@ -114,7 +115,6 @@ class _Settled(NamedTuple):
 
     num_sites: int
     parameters: list[Tensor]
-    dense: list[int]
 
 
 class Lanes:
@@ -125,13 +125,12 @@ class Lanes:
         self._lane: Any = None
 
     def find(
-        self, parameters: list[Tensor], dense: list[int], check: LeakCheck
+        self, parameters: list[Tensor], check: LeakCheck
     ) -> tuple[type[Interception], Any] | None:
         """Return the interception's class and its lane; None where the interception is plain.
 
         Args:
             parameters: The optimizer's parameters that require gradients.
-            dense: Positions of those that the last forward used densely.
             check: What is proven.
         """
         if not check.settled or profiling.is_on or refusal() is not None:
@@ -142,16 +141,15 @@ class Lanes:
         if (
             made is None
             or made.num_sites != len(check.settled)
-            or made.dense != dense
             or len(made.parameters) != len(parameters)
             or not all(map(operator.is_, made.parameters, parameters))
         ):
-            self._made = _Settled(len(check.settled), parameters, dense)
-            self._lane = _lane(parameters, dense, check)
+            self._made = _Settled(len(check.settled), parameters)
+            self._lane = _lane(parameters, check)
         return None if self._lane is None else (_interception(), self._lane)
 
 
-def _lane(parameters: list[Tensor], dense: list[int], check: LeakCheck) -> Any:
+def _lane(parameters: list[Tensor], check: LeakCheck) -> Any:
     served = {i for i, p in enumerate(parameters) if type(p) in (nn.Parameter, torch.Tensor)}
     found: dict[tuple[Any, ...], set[int]] = {}
     for sources, op, kind, dim, occurrence, is_sliced in map(Site._make, check.settled):
@@ -170,4 +168,4 @@ def _lane(parameters: list[Tensor], dense: list[int], check: LeakCheck) -> Any:
     ]
     if not sites:
         return None
-    return _library()[0].Lane(parameters, [i for i in dense if i in served], sites)
+    return _library()[0].Lane(parameters, sites)

@@ -171,10 +171,6 @@ class VirtualLeaves:
         self.lookups.append(Lookup(root, leaf))
         self.sparse_tables[root.sources[0]] = False
 
-    def lent(self) -> tuple[dict[int, tuple[Root, Tensor]], dict[int, Tensor]]:
-        """Return the dense leaves by ``id(root)``, used ones and prepared ones, to be filled."""
-        return self.dense_leaves, self._prepared
-
     def delivered_lookup(self, root: Root, delivered: dict[int, Tensor], number: int) -> Tensor:
         """Return a leaf [1] for one lookup of a compiled graph, which delivers past the leaf."""
         leaf = self._watched(root.tensor.new_zeros(1).requires_grad_())

@@ -173,7 +173,7 @@ class StratifyingOptimizer(OptimizerWrapper):
                     session.interception.prepare(self._dense_parameters)
                     with session.interception:
                         yield
-            if session.interception is not None:
+            if session.interception is not None and session.interception.prepares_leaves:
                 self._dense_parameters = session.leaves.dense_parameters()
         except BaseException:
             self._session = None
@@ -208,7 +208,7 @@ class StratifyingOptimizer(OptimizerWrapper):
         plan = self._plan if intercept and is_compiler_used() and can_trace() else None
         lane = None
         if intercept and plan is None and reduction is None and not rows:
-            lane = self._lanes.find(parameters, self._dense_parameters, self._check)
+            lane = self._lanes.find(parameters, self._check)
         session = Session(
             parameters,
             names,

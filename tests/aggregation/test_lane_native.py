@@ -355,19 +355,19 @@ def test_a_begin_that_fails_forgets_what_it_was_given():
 
     leaves, parameter = Leaves(), nn.Parameter(torch.ones(2, 2))
     held = weakref.ref(leaves)
-    made = lane._library()[0].Lane([parameter], [0], [])
-    with pytest.raises((AttributeError, TypeError)):
-        made.begin({}, leaves, {}, {}, {}, {}, 2, [("users", object())])
+    made = lane._library()[0].Lane([parameter], [])
+    with pytest.raises(AttributeError):
+        made.begin({}, leaves, {}, {}, {}, 2, [("users", object())], True, True)
     del leaves
     assert held() is None
     with pytest.raises(IndexError):
-        lane._library()[0].Lane([parameter], [1], [])
+        lane._library()[0].Lane([parameter], [(1, 0, "users", (), 1)])
     with pytest.raises(RuntimeError, match="no such op"):
-        lane._library()[0].Lane([parameter], [], [(0, 3, "users", (), 1)])
+        lane._library()[0].Lane([parameter], [(0, 3, "users", (), 1)])
 
 
 def test_replays_inside_replays_keep_it_off():
-    made = lane._library()[0].Lane([], [], [])
+    made = lane._library()[0].Lane([], [])
     assert made.pause(True) is False
     assert made.pause(True) is True
     assert made.pause(True) is True

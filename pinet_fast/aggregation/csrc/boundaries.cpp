@@ -62,17 +62,6 @@ bool is_plain_context() {
          !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
 }
 
-// Not where `p.data = ...` has put other values in the place of those that were prepared.
-Parameter* parameter_of(const Lane* lane, PyObject* value) {
-  const auto found = lane->parameters->find(value);
-  if (found == lane->parameters->end()) return nullptr;
-  const Parameter& parameter = found->second;
-  if (!parameter.detached.defined() ||
-      parameter.detached.const_data_ptr() != parameter.tensor.const_data_ptr())
-    return nullptr;
-  return &found->second;
-}
-
 // Which rows of the forward a tensor [n, ...] holds, or -1 where Python decides.
 int kind_of(const Lane* lane, const at::Tensor& tensor, int64_t n) {
   int kind = -1;
@@ -102,15 +91,6 @@ bool count_use(const Lane* lane, Site& site, int64_t occurrence) {
   return count && PyDict_SetItem(lane->occurrences, site.key.get(), count.get()) == 0;
 }
 
-// Only what the last forward used densely has one; a parameter of lookups alone does not.
-bool has_dense_leaf(const Parameter* parameter) {
-  return parameter != nullptr && parameter->entry.get() != nullptr;
-}
-
-bool use_dense(const Lane* lane, Parameter& parameter) {
-  return PyDict_SetDefault(lane->dense_leaves, parameter.key.get(), parameter.entry.get());
-}
-
 // Subclasses, nested tensors and those with tangents have ideas of their own.
 bool is_plain(PyObject* value, const at::Tensor& tensor) {
   return THPVariable_CheckExact(value) && tensor.is_cpu() && tensor.layout() == at::kStrided &&
@@ -137,16 +117,16 @@ class LongCall {
 // A layer with a weight and perhaps a bias. Null without an error: Python decides.
 PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, PyObject* bias,
                          double eps) {
-  if (!is_tensor(input)) return nullptr;
-  Parameter* w = parameter_of(lane, weight);
-  Parameter* b = bias == Py_None ? nullptr : parameter_of(lane, bias);
-  if (!has_dense_leaf(w) || w == b) return nullptr;
-  if (bias != Py_None && !has_dense_leaf(b)) return nullptr;
+  if (!is_tensor(input) || weight == bias) return nullptr;
   const at::Tensor& rows = THPVariable_Unpack(input);
   if (!is_ready(lane, input, rows) || meets_root(lane, input) != 0) return nullptr;
-  if (rows.dim() != 2 || rows.scalar_type() != w->tensor.scalar_type()) return nullptr;
-  if (b && b->tensor.scalar_type() != rows.scalar_type()) return nullptr;
-  if (w->tensor.dim() != (op == kLinear ? 2 : 1) || rows.size(1) != w->tensor.size(-1))
+  Parameter* w = parameter_of(lane, weight, true);
+  if (w == nullptr) return nullptr;
+  Parameter* b = bias == Py_None ? nullptr : parameter_of(lane, bias, true);
+  if (bias != Py_None && b == nullptr) return nullptr;
+  if (rows.dim() != 2 || rows.scalar_type() != w->detached.scalar_type()) return nullptr;
+  if (b && b->detached.scalar_type() != rows.scalar_type()) return nullptr;
+  if (w->detached.dim() != (op == kLinear ? 2 : 1) || rows.size(1) != w->detached.size(-1))
     return nullptr;
   const int kind = kind_of(lane, rows, rows.size(0));
   if (kind < 0) return nullptr;
@@ -157,7 +137,7 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
   const auto& groups = (*lane->rows)[kind].groups;
   at::Tensor out;
   if (op == kLinear) {
-    LongCall call(rows.size(0) * w->tensor.numel());
+    LongCall call(rows.size(0) * w->detached.numel());
     out = linear(rows, w->detached, b ? std::optional(b->detached) : std::nullopt, w->leaf,
                  b ? b->leaf : at::Tensor(), *lane->forward, groups, kind);
   } else {
@@ -209,12 +189,13 @@ PyObject* try_torch_layer_norm(Lane* lane, PyObject* args, PyObject* kwargs) {
 
 // A lookup whose gradient is dense in the end; padding is an id of Python's, or None.
 PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObject* padding) {
-  Parameter* table = parameter_of(lane, weight);
-  if (!is_tensor(input) || table == nullptr || !table->leaf.defined()) return nullptr;
+  if (!is_tensor(input)) return nullptr;
   const at::Tensor& ids = THPVariable_Unpack(input);
   if (!is_ready(lane, input, ids) || meets_root(lane, input) != 0) return nullptr;
+  Parameter* table = parameter_of(lane, weight, false);
+  if (table == nullptr) return nullptr;
   if (ids.scalar_type() != at::kLong || ids.dim() < 1 || ids.dim() > 2) return nullptr;
-  if (table->tensor.dim() != 2 || ids.numel() == 0) return nullptr;
+  if (table->detached.dim() != 2 || ids.numel() == 0) return nullptr;
   const int kind = kind_of(lane, ids, ids.size(0));
   if (kind < 0) return nullptr;
   if (ids.dim() == 2)  // a second dimension of a batch's size: which one holds the rows?
@@ -225,7 +206,7 @@ PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObjec
   if (site == nullptr) return nullptr;
   int64_t padding_idx = -1;
   if (padding != Py_None) {
-    const int64_t items = table->tensor.size(0);
+    const int64_t items = table->detached.size(0);
     padding_idx = PyLong_AsLongLong(padding);
     if (PyErr_Occurred() || padding_idx < -items || padding_idx >= items) return nullptr;
     if (padding_idx < 0) padding_idx += items;
@@ -234,7 +215,7 @@ PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObjec
   at::Tensor leaf = table->leaf.variable_data().set_requires_grad(true);  // of this use alone
   at::Tensor out;
   {
-    LongCall call(ids.numel() * table->tensor.size(1));
+    LongCall call(ids.numel() * table->detached.size(1));
     out = embedding(ids, table->detached, padding_idx, leaf, *lane->forward, groups, kind);
   }
   THPObjectPtr wrapped(THPVariable_Wrap(std::move(leaf)));

@@ -16,6 +16,8 @@
 namespace pinet {
 namespace {
 
+constexpr int64_t kMaxStrata = 64;  // as in kernels/stratum_solve/_cpp.py
+
 // A tensor of a kernel's: on a CPU, strided, float32 or float64, and nobody's subclass.
 bool is_served(PyObject* value) {
   if (!THPVariable_CheckExact(value)) return false;
@@ -126,6 +128,43 @@ PyObject* gram(PyObject*, PyObject* list) {
   END_HANDLE_TH_ERRORS
 }
 
+// Which strata are there, or nothing where Python says what is wrong.
+std::optional<std::vector<int64_t>> kept_of(PyObject* present, int64_t strata) {
+  std::vector<int64_t> kept;
+  if (!PyList_Check(present) || PyList_GET_SIZE(present) != strata) return std::nullopt;
+  for (int64_t s = 0; s < strata; ++s) {
+    const int is_there = PyObject_IsTrue(PyList_GET_ITEM(present, s));
+    if (is_there < 0) throw python_error();
+    if (is_there) kept.push_back(s);
+  }
+  return kept.empty() ? std::nullopt : std::optional(std::move(kept));
+}
+
+// solve(gram, rule's number, present): the weights that the op `stratum_solve` gives; None where
+// the compiled kernel does not serve, or something is wrong.
+PyObject* solve(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *value, *present;
+  long long rule;
+  if (!PyArg_ParseTuple(args, "OLO", &value, &rule, &present)) return nullptr;
+  if (!is_served(value) || sees_every_op()) Py_RETURN_NONE;
+  const at::Tensor& gram = THPVariable_Unpack(value);
+  const int64_t dim = gram.dim();
+  if (gram.scalar_type() != at::kDouble || dim < 2 || dim > 3 || gram.numel() == 0 ||
+      gram.size(-1) != gram.size(-2) || gram.size(-1) > kMaxStrata)
+    Py_RETURN_NONE;
+  const int64_t strata = gram.size(-1);
+  auto kept = kept_of(present, strata);
+  if (!kept) Py_RETURN_NONE;
+  at::NoGradGuard no_grad;
+  const at::Tensor out = at::empty(gram.sizes().slice(0, dim - 1), gram.options());
+  static const auto op = find("pinet_cpp::stratum_solve");
+  call(op, gram.reshape({-1, strata, strata}).contiguous(), static_cast<int64_t>(rule),
+       std::move(*kept), 0.5, std::optional<at::Tensor>(), out.view({-1, strata}));
+  return THPVariable_Wrap(out);
+  END_HANDLE_TH_ERRORS
+}
+
 // Whether stratum gradients [S, ...], or [S, U, ...] of some rows, are a parameter's.
 bool fits(const at::Tensor& gradient, const at::Tensor& parameter, const at::Tensor* rows) {
   if (gradient.scalar_type() != parameter.scalar_type() || parameter.layout() != at::kStrided ||
@@ -215,6 +254,7 @@ PyMethodDef gradient_methods[] = {
     {"holds_nothing", list_holds_nothing, METH_O, nullptr},
     {"take_gradients", take_gradients, METH_VARARGS, nullptr},
     {"gram", gram, METH_O, nullptr},
+    {"solve", solve, METH_VARARGS, nullptr},
     {"write", write, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -25,15 +25,14 @@ struct Site {
   int64_t settled = 0;   // occurrences 0..settled - 1 need no proof
 };
 
-// A parameter, and what forwards make for it: kept from one to the next where nobody else has it.
+// A parameter, and what the forwards that use it make for it: see parameters.cpp.
 struct Parameter {
-  at::Tensor tensor;  // of this forward
   at::Tensor detached, leaf;
-  const c10::TensorImpl* made_from = nullptr;  // whose values are detached; it may be gone
   THPObjectPtr root;
-  THPObjectPtr key, entry;  // id(root) and (root, leaf), as the leaves keep them
-  std::array<Py_ssize_t, 2> held{};  // counts of references to a leaf that nobody uses
-  bool is_dense = false;
+  THPObjectPtr key, entry;  // id(root) and (root, leaf), as the leaves keep those of dense uses
+  const c10::TensorImpl* made_from = nullptr;  // whose values are detached; it may be gone
+  std::array<Py_ssize_t, 2> held{};            // references to a leaf that nobody uses
+  int64_t forward = 0;                         // the last forward that it is ready for
   // sites[op][kind of the forward's rows]; kinds by name
   std::array<std::unordered_map<std::string, Site>, kNumOps> sites;
 };
@@ -53,6 +52,7 @@ struct Lane {
   PyObject* list;
   std::shared_ptr<Calls>* calls;
   // Of the forward that runs:
+  int64_t number, strata;
   std::shared_ptr<Forward>* forward;
   std::vector<Rows>* rows;
   std::vector<std::string>* kinds;
@@ -60,6 +60,13 @@ struct Lane {
   bool is_paused;
   bool is_shared;
 };
+
+// The parameter that a value is, ready for a use in this forward; null where it is none, where
+// Python decides, and with an error set. A dense use has a leaf that the forward's others share.
+Parameter* parameter_of(Lane* lane, PyObject* value, bool is_dense);
+
+// Notes a dense use of a parameter that is ready for it.
+bool use_dense(const Lane* lane, Parameter& parameter);
 
 // The type of lanes; a new reference, kept for the life of the process.
 PyTypeObject* make_lane_type();

@@ -21,32 +21,12 @@ void refuse() {
   throw std::move(error);
 }
 
-// Made anew by the next forward that wants them.
-void drop(Parameter& parameter) {
-  parameter.root = nullptr;
-  parameter.key = nullptr;
-  parameter.entry = nullptr;
-  parameter.leaf.reset();
-  parameter.detached.reset();
-}
-
-bool has_hooks(const at::Tensor& tensor) {
-  return !torch::autograd::impl::hooks(tensor).empty() ||
-         torch::autograd::impl::post_acc_grad_hooks(tensor) != nullptr;
-}
-
-// What belongs to one forward. Leaves stay, but for those with hooks: held from outside, these would
-// hide from the collector, and so would the hooks of parameters.
+// What belongs to one forward; what was made for parameters stays.
 void forget(Lane* self) {
   if (self->rows)
     for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
   if (self->rows) self->rows->clear();
   if (self->kinds) self->kinds->clear();
-  if (self->parameters)
-    for (auto& entry : *self->parameters) {
-      entry.second.tensor.reset();
-      if (entry.second.leaf.defined() && has_hooks(entry.second.leaf)) drop(entry.second);
-    }
   Py_CLEAR(self->by_id);
   Py_CLEAR(self->leaves);
   Py_CLEAR(self->dense_leaves);
@@ -54,12 +34,11 @@ void forget(Lane* self) {
   Py_CLEAR(self->known);
 }
 
-// Lane(parameters, dense, sites): sites are (position, op, kind, key, settled).
+// Lane(parameters, sites): sites are (position, op, kind, key, settled).
 PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
   HANDLE_TH_ERRORS
-  PyObject *parameters, *dense, *sites;
-  if (!PyArg_ParseTuple(args, "O!O!O!", &PyList_Type, &parameters, &PyList_Type, &dense,
-                        &PyList_Type, &sites))
+  PyObject *parameters, *sites;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &parameters, &PyList_Type, &sites))
     return nullptr;
   THPObjectPtr object(type->tp_alloc(type, 0));
   if (!object) return nullptr;
@@ -71,13 +50,6 @@ PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
   self->kinds = new std::vector<std::string>;
   self->list = PySequence_List(parameters);
   if (!self->list) return nullptr;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dense); ++i) {
-    const long position = PyLong_AsLong(PyList_GET_ITEM(dense, i));
-    if (PyErr_Occurred()) return nullptr;
-    PyObject* value = PyList_GetItem(self->list, position);
-    if (!value) return nullptr;
-    (*self->parameters)[value].is_dense = true;
-  }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(sites); ++i) {
     long position, op;
     const char* kind;
@@ -159,81 +131,13 @@ bool add_rows(Lane* self, PyObject* kind, PyObject* layout) {
   return true;
 }
 
-bool is_served(const at::Tensor& tensor) {
-  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.is_conj() &&
-         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
-}
-
-// Whether a leaf is as it was made: without gradient and hooks, and with nobody else who has it, as
-// the graph of an earlier forward would.
-bool is_unused(const Parameter& parameter) {
-  if (parameter.leaf.grad().defined() || has_hooks(parameter.leaf)) return false;
-  if (!parameter.entry) return parameter.leaf.use_count() == 1;
-  PyObject* leaf = PyTuple_GET_ITEM(parameter.entry.get(), 1);
-  return Py_REFCNT(parameter.entry.get()) == 1 && Py_REFCNT(leaf) == parameter.held[0] &&
-         static_cast<Py_ssize_t>(parameter.leaf.use_count()) == parameter.held[1];
-}
-
-// Whether what an earlier forward made serves this one. Not where `p.data = ...` has put other
-// values in the place of those before, or where the parameter was swapped for another. The memory of
-// detached values is not given to others, so what has their address are they.
-bool is_ready(const Parameter& parameter, const PyObject* root, int64_t strata, bool is_dense) {
-  if (!parameter.leaf.defined() || parameter.root.get() != root || !parameter.entry == is_dense)
-    return false;
-  const at::Tensor& tensor = parameter.tensor;
-  const at::Tensor& detached = parameter.detached;
-  return parameter.made_from == tensor.unsafeGetTensorImpl() &&
-         parameter.leaf.size(0) == strata && detached.scalar_type() == tensor.scalar_type() &&
-         detached.const_data_ptr() == tensor.const_data_ptr() &&
-         detached.sizes() == tensor.sizes() && detached.strides() == tensor.strides() &&
-         is_unused(parameter);
-}
-
-// Leaves [S, ...] of stride 0 along S, without memory, and detached tensors: see leaves.py.
-bool prepare(Lane* self, Parameter& parameter, PyObject* value, int64_t strata,
-             PyObject* prepared, bool is_dense) {
-  parameter.tensor = THPVariable_Unpack(value);  // it may have been converted since
-  if (!is_served(parameter.tensor)) {
-    drop(parameter);
-    return true;
-  }
-  THPObjectPtr id(PyLong_FromVoidPtr(value));
-  if (!id) return false;
-  PyObject* root = PyDict_GetItemWithError(self->by_id, id.get());
-  if (!root) return false;
-  if (is_ready(parameter, root, strata, is_dense))
-    return !is_dense || PyDict_SetItem(prepared, parameter.key.get(),
-                                       PyTuple_GET_ITEM(parameter.entry.get(), 1)) == 0;
-  drop(parameter);
-  parameter.root = Py_NewRef(root);
-  c10::TensorImpl* impl = parameter.tensor.unsafeGetTensorImpl();
-  parameter.made_from = impl;
-  parameter.detached = parameter.tensor.tensor_data();
-  std::vector<int64_t> sizes = parameter.tensor.sizes().vec();
-  std::vector<int64_t> strides = parameter.tensor.strides().vec();
-  sizes.insert(sizes.begin(), strata);
-  strides.insert(strides.begin(), 0);
-  auto expanded = impl->shallow_copy_and_detach(impl->version_counter(), true);
-  expanded->set_sizes_and_strides(sizes, strides);
-  parameter.leaf = at::Tensor(std::move(expanded)).set_requires_grad(true);
-  if (!is_dense) return true;
-  THPObjectPtr leaf(THPVariable_Wrap(parameter.leaf));
-  parameter.key = PyLong_FromVoidPtr(parameter.root);
-  if (!leaf || !parameter.key) return false;
-  parameter.entry = PyTuple_Pack(2, parameter.root.get(), leaf.get());
-  if (!parameter.entry) return false;
-  parameter.held = {Py_REFCNT(leaf.get()) - 1, static_cast<Py_ssize_t>(parameter.leaf.use_count())};
-  return PyDict_SetItem(prepared, parameter.key.get(), leaf.get()) == 0;
-}
-
 bool begin(Lane* self, PyObject* args) {
-  PyObject *by_id, *leaves, *dense_leaves, *prepared, *occurrences, *known, *rows;
+  PyObject *by_id, *leaves, *dense_leaves, *occurrences, *known, *rows;
   long long strata;
   int has_kernels, keeps_touched;
-  if (!PyArg_ParseTuple(args, "O!OO!O!O!O!LO!pp", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
-                        &dense_leaves, &PyDict_Type, &prepared, &PyDict_Type, &occurrences,
-                        &PyDict_Type, &known, &strata, &PyList_Type, &rows, &has_kernels,
-                        &keeps_touched))
+  if (!PyArg_ParseTuple(args, "O!OO!O!O!LO!pp", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
+                        &dense_leaves, &PyDict_Type, &occurrences, &PyDict_Type, &known, &strata,
+                        &PyList_Type, &rows, &has_kernels, &keeps_touched))
     return false;
   forget(self);
   self->by_id = Py_NewRef(by_id);
@@ -241,6 +145,8 @@ bool begin(Lane* self, PyObject* args) {
   self->dense_leaves = Py_NewRef(dense_leaves);
   self->occurrences = Py_NewRef(occurrences);
   self->known = Py_NewRef(known);
+  ++self->number;
+  self->strata = strata;
   self->is_paused = false;
   self->is_shared = false;
   *self->forward = std::make_shared<Forward>();
@@ -253,17 +159,11 @@ bool begin(Lane* self, PyObject* args) {
     if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return false;
     if (!add_rows(self, kind, layout)) return false;
   }
-  if (sees_every_op()) {  // nothing is ready: Python makes what is needed
-    for (auto& entry : *self->parameters) drop(entry.second);
-    return true;
-  }
-  for (auto& [value, parameter] : *self->parameters)
-    if (!prepare(self, parameter, value, strata, prepared, parameter.is_dense)) return false;
   return true;
 }
 
-// begin(by_id, leaves, dense leaves, prepared leaves, occurrences, known, strata, [(kind, layout)],
-//       whether the compiled kernels serve, whether lookups keep what they touched)
+// begin(by_id, leaves, dense leaves, occurrences, known, strata, [(kind, layout)], whether the
+//       compiled kernels serve, whether lookups keep what they touched)
 PyObject* lane_begin(PyObject* object, PyObject* args) {
   HANDLE_TH_ERRORS
   Lane* self = reinterpret_cast<Lane*>(object);
