@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from pinet_fast.kernels import stratified_embedding_add, stratified_embedding_reduce
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+from pinet_fast.aggregation import compiled
+from pinet_fast.kernels import (
+    _registry,
+    stratified_embedding_add,
+    stratified_embedding_reduce,
+)
 
 @dataclass(slots=True)
 class StratumGradient:
@@ -68,7 +67,7 @@ class StratumGradient:
 
 
 def from_lookups(
-    lookups: Sequence[Tensor], dense: Tensor | None, *, is_sparse: bool
+    lookups: list[Tensor], dense: Tensor | None, *, is_sparse: bool
 ) -> StratumGradient:
     """Merge the gradients of the lookups in one parameter, and its dense gradient where it has one.
 
@@ -77,6 +76,10 @@ def from_lookups(
         dense: [S, V, d] or None.
         is_sparse: The parameter's own gradient is sparse where ``dense`` is None.
     """
+    if dense is None:
+        found = _reduced(lookups)
+        if found is not None:
+            return StratumGradient(*found, is_sparse)
     ids = [g._indices()[1] for g in lookups]
     strata = [g._indices()[0] for g in lookups]
     values = [g._values() for g in lookups]
@@ -88,6 +91,19 @@ def from_lookups(
     num_strata, num_rows = lookups[0].shape[:2]
     rows, sums, touched = stratified_embedding_reduce(ids, strata, values, num_strata, num_rows)
     return StratumGradient(sums, rows, touched, is_sparse)
+
+
+def _reduced(lookups: list[Tensor]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return values, rows and touched in one compiled call, or None where that is not for it."""
+    functions = compiled.functions()
+    if functions is None or not _registry.is_first("cpp", ("stratified_embedding_reduce",)):
+        return None
+    found = functions.reduce(lookups)
+    if found is None:
+        return None
+    _registry.record_call("stratified_embedding_reduce", "cpp")
+    rows, values, touched = found
+    return values, rows, touched
 
 
 def distinct_rows(ids: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

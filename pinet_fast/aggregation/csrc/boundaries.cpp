@@ -76,19 +76,24 @@ int kind_of(const Lane* lane, const at::Tensor& tensor, int64_t n) {
 }
 
 // The site of a further use of a parameter, where it is settled; null: Python decides.
-Site* settled_site(const Lane* lane, Parameter& parameter, Op op, int kind,
-                         int64_t* occurrence) {
-  const auto found = parameter.sites[op].find((*lane->kinds)[kind]);
-  if (found == parameter.sites[op].end()) return nullptr;
-  Site& site = found->second;
-  PyObject* count = PyDict_GetItemWithError(lane->occurrences, site.key.get());
-  *occurrence = count ? PyLong_AsLongLong(count) + 1 : 0;
-  return !PyErr_Occurred() && *occurrence < site.settled ? &site : nullptr;
+Site* settled_site(const Lane* lane, Parameter& parameter, Op op, int kind) {
+  Site& site = parameter.sites[op][(*lane->rows)[kind].kind];
+  if (!site.key) return nullptr;
+  if (site.stamp != lane->stamp) {
+    PyObject* count = PyDict_GET_SIZE(lane->occurrences)
+                          ? PyDict_GetItemWithError(lane->occurrences, site.key.get())
+                          : nullptr;
+    site.seen = count ? PyLong_AsLongLong(count) + 1 : 0;
+    if (PyErr_Occurred()) return nullptr;
+    site.stamp = lane->stamp;
+  }
+  return site.seen < site.settled ? &site : nullptr;
 }
 
-bool count_use(const Lane* lane, Site& site, int64_t occurrence) {
-  THPObjectPtr count(PyLong_FromLongLong(occurrence));
-  return count && PyDict_SetItem(lane->occurrences, site.key.get(), count.get()) == 0;
+void count_use(Lane* lane, Site& site) {
+  ++site.seen;
+  if (!site.is_untold) lane->untold->push_back(&site);
+  site.is_untold = true;
 }
 
 // Subclasses, nested tensors and those with tangents have ideas of their own.
@@ -130,9 +135,8 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
     return nullptr;
   const int kind = kind_of(lane, rows, rows.size(0));
   if (kind < 0) return nullptr;
-  int64_t of_weight = 0, of_bias = 0;
-  Site* w_site = settled_site(lane, *w, op, kind, &of_weight);
-  Site* b_site = b ? settled_site(lane, *b, op, kind, &of_bias) : nullptr;
+  Site* w_site = settled_site(lane, *w, op, kind);
+  Site* b_site = b ? settled_site(lane, *b, op, kind) : nullptr;
   if (w_site == nullptr || (b && b_site == nullptr)) return nullptr;
   const auto& groups = (*lane->rows)[kind].groups;
   at::Tensor out;
@@ -145,8 +149,9 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
     out = layer_norm(rows, w->detached, b->detached, eps, w->leaf, b->leaf, *lane->forward, groups,
                      kind);
   }
-  if (!use_dense(lane, *w) || !count_use(lane, *w_site, of_weight)) return nullptr;
-  if (b && (!use_dense(lane, *b) || !count_use(lane, *b_site, of_bias))) return nullptr;
+  if (!use_dense(lane, *w) || (b && !use_dense(lane, *b))) return nullptr;
+  count_use(lane, *w_site);
+  if (b) count_use(lane, *b_site);
   return THPVariable_Wrap(std::move(out));
 }
 
@@ -201,8 +206,7 @@ PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObjec
   if (ids.dim() == 2)  // a second dimension of a batch's size: which one holds the rows?
     for (const Rows& rows : *lane->rows)
       if (rows.groups->num_rows() == ids.size(1)) return nullptr;
-  int64_t occurrence = 0;
-  Site* site = settled_site(lane, *table, kEmbedding, kind, &occurrence);
+  Site* site = settled_site(lane, *table, kEmbedding, kind);
   if (site == nullptr) return nullptr;
   int64_t padding_idx = -1;
   if (padding != Py_None) {
@@ -222,7 +226,8 @@ PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObjec
   if (!wrapped) return nullptr;
   THPObjectPtr done(PyObject_CallMethod(lane->leaves, "adopt_lookup", "OO", table->root.get(),
                                         wrapped.get()));
-  if (!done || !count_use(lane, *site, occurrence)) return nullptr;
+  if (!done) return nullptr;
+  count_use(lane, *site);
   return THPVariable_Wrap(std::move(out));
 }
 
@@ -246,6 +251,18 @@ PyObject* try_torch_embedding(Lane* lane, PyObject* args, PyObject* kwargs) {
 }
 
 }  // namespace
+
+bool tell_uses(Lane* lane) {
+  for (Site* site : *lane->untold) {
+    THPObjectPtr latest(PyLong_FromLongLong(site->seen - 1));
+    if (!latest || PyDict_SetItem(lane->occurrences, site->key.get(), latest.get()) != 0)
+      return false;
+    site->is_untold = false;
+  }
+  lane->untold->clear();
+  ++lane->stamp;
+  return true;
+}
 
 PyObject* boundary(Lane* lane, PyObject* func, PyObject* args, PyObject* kwargs) {
   if (func == names.linear) return try_linear(lane, args, kwargs);

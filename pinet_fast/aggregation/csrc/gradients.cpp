@@ -95,6 +95,54 @@ PyObject* take_gradients(PyObject*, PyObject* args) {
   END_HANDLE_TH_ERRORS
 }
 
+// reduce(lookups): the sums of gradients of lookups in one table, sparse [S, V, ...] over (stratum,
+// item), as the op `stratified_embedding_reduce` gives them: rows, values, touched. None where the
+// compiled kernel does not serve, or something is wrong.
+PyObject* reduce(PyObject*, PyObject* list) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(PyList_Check(list), "reduce: expected a list");
+  const Py_ssize_t count = PyList_GET_SIZE(list);
+  if (count == 0 || sees_every_op()) Py_RETURN_NONE;
+  std::vector<at::Tensor> ids, strata, values;
+  int64_t num_strata = 0, num_rows = 0;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* value = PyList_GET_ITEM(list, i);
+    if (!THPVariable_CheckExact(value)) Py_RETURN_NONE;
+    const at::Tensor& lookup = THPVariable_Unpack(value);
+    if (lookup.layout() != at::kSparse || !lookup.is_cpu() || lookup.sparse_dim() != 2)
+      Py_RETURN_NONE;
+    if (i > 0 && (lookup.size(0) != num_strata || lookup.size(1) != num_rows)) Py_RETURN_NONE;
+    num_strata = lookup.size(0);
+    num_rows = lookup.size(1);
+    const at::Tensor indices = lookup._indices();
+    strata.push_back(indices.select(0, 0));
+    ids.push_back(indices.select(0, 1));
+    values.push_back(lookup._values());
+    const at::ScalarType dtype = values[i].scalar_type();
+    if ((dtype != at::kFloat && dtype != at::kDouble) || dtype != values[0].scalar_type() ||
+        values[i].sizes().slice(1) != values[0].sizes().slice(1))
+      Py_RETURN_NONE;
+  }
+  torch::jit::Stack found;
+  try {
+    at::NoGradGuard no_grad;
+    pybind11::gil_scoped_release released;
+    static const auto op = find("pinet_cpp::stratified_embedding_reduce");
+    found = call(op, std::move(ids), std::move(strata), std::move(values), num_strata, num_rows);
+  } catch (const c10::Error&) {
+    Py_RETURN_NONE;  // Python's says which entry is out of range
+  }
+  THPObjectPtr results(PyTuple_New(3));
+  if (!results) return nullptr;
+  for (int i = 0; i < 3; ++i) {
+    PyObject* item = THPVariable_Wrap(found.at(i).toTensor());
+    if (!item) return nullptr;
+    PyTuple_SET_ITEM(results.get(), i, item);
+  }
+  return results.release();
+  END_HANDLE_TH_ERRORS
+}
+
 // gram(gradients): the Gram of every parameter and of all, as the op `stratum_gram` and a sum over
 // parameters give them; None where the compiled kernel does not serve.
 PyObject* gram(PyObject*, PyObject* list) {
@@ -254,6 +302,7 @@ PyMethodDef gradient_methods[] = {
     {"holds_nothing", list_holds_nothing, METH_O, nullptr},
     {"take_gradients", take_gradients, METH_VARARGS, nullptr},
     {"gram", gram, METH_O, nullptr},
+    {"reduce", reduce, METH_O, nullptr},
     {"solve", solve, METH_VARARGS, nullptr},
     {"write", write, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

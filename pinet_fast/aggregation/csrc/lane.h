@@ -8,7 +8,6 @@
 
 #include <array>
 #include <memory>
-#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -23,7 +22,17 @@ enum Op { kLinear, kLayerNorm, kEmbedding, kNumOps };
 struct Site {
   THPObjectPtr key;      // (sources, op, kind, dim), as the occurrences are counted
   int64_t settled = 0;   // occurrences 0..settled - 1 need no proof
+  int64_t seen = 0;      // uses so far, if `stamp` is the lane's
+  int64_t stamp = 0;
+  bool is_untold = false;  // Python does not know of the latest
 };
+
+// Kinds of rows, by their place in `kind_names`.
+constexpr int kNumKinds = 2;
+extern const char* const kind_names[kNumKinds];
+
+// The place of a kind among them, or -1.
+int kind_code(const char* name);
 
 // A parameter, and what the forwards that use it make for it: see parameters.cpp.
 struct Parameter {
@@ -33,8 +42,7 @@ struct Parameter {
   const c10::TensorImpl* made_from = nullptr;  // whose values are detached; it may be gone
   std::array<Py_ssize_t, 2> held{};            // references to a leaf that nobody uses
   int64_t forward = 0;                         // the last forward that it is ready for
-  // sites[op][kind of the forward's rows]; kinds by name
-  std::array<std::unordered_map<std::string, Site>, kNumOps> sites;
+  std::array<std::array<Site, kNumKinds>, kNumOps> sites;
 };
 
 // What Python has told of itself; kept for the life of the process.
@@ -55,7 +63,8 @@ struct Lane {
   int64_t number, strata;
   std::shared_ptr<Forward>* forward;
   std::vector<Rows>* rows;
-  std::vector<std::string>* kinds;
+  std::vector<Site*>* untold;
+  int64_t stamp;  // counts the moments at which Python may have counted uses
   PyObject *by_id, *leaves, *dense_leaves, *occurrences, *known;
   bool is_paused;
   bool is_shared;
@@ -64,6 +73,9 @@ struct Lane {
 // The parameter that a value is, ready for a use in this forward; null where it is none, where
 // Python decides, and with an error set. A dense use has a leaf that the forward's others share.
 Parameter* parameter_of(Lane* lane, PyObject* value, bool is_dense);
+
+// Tells Python of uses made here, before it counts its own: each is the further use of the other's.
+bool tell_uses(Lane* lane);
 
 // Notes a dense use of a parameter that is ready for it.
 bool use_dense(const Lane* lane, Parameter& parameter);

@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstring>
 #include <utility>
 
 #include "lane.h"
@@ -26,13 +27,28 @@ void forget(Lane* self) {
   if (self->rows)
     for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
   if (self->rows) self->rows->clear();
-  if (self->kinds) self->kinds->clear();
+  if (self->untold) {
+    for (Site* site : *self->untold) site->is_untold = false;
+    self->untold->clear();
+  }
   Py_CLEAR(self->by_id);
   Py_CLEAR(self->leaves);
   Py_CLEAR(self->dense_leaves);
   Py_CLEAR(self->occurrences);
   Py_CLEAR(self->known);
 }
+
+}  // namespace
+
+const char* const kind_names[kNumKinds] = {"users", "events"};
+
+int kind_code(const char* name) {
+  for (int code = 0; code < kNumKinds; ++code)
+    if (std::strcmp(name, kind_names[code]) == 0) return code;
+  return -1;
+}
+
+namespace {
 
 // Lane(parameters, sites): sites are (position, op, kind, key, settled).
 PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
@@ -47,7 +63,7 @@ PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
   self->calls = new std::shared_ptr<Calls>(std::make_shared<Calls>());
   self->forward = new std::shared_ptr<Forward>;
   self->rows = new std::vector<Rows>;
-  self->kinds = new std::vector<std::string>;
+  self->untold = new std::vector<Site*>;
   self->list = PySequence_List(parameters);
   if (!self->list) return nullptr;
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(sites); ++i) {
@@ -62,7 +78,9 @@ PyObject* lane_new(PyTypeObject* type, PyObject* args, PyObject*) {
     if (!value) return nullptr;
     Parameter& parameter = (*self->parameters)[value];
     TORCH_CHECK(op >= 0 && op < kNumOps, "Lane: no such op");
-    Site& site = parameter.sites[op][kind];
+    const int code = kind_code(kind);
+    if (code < 0) continue;
+    Site& site = parameter.sites[op][code];
     Py_INCREF(key);
     site.key = key;
     site.settled = settled;
@@ -102,7 +120,7 @@ void lane_dealloc(PyObject* object) {
   delete self->parameters;
   delete self->forward;
   delete self->rows;
-  delete self->kinds;
+  delete self->untold;
   delete self->calls;
   Py_CLEAR(self->list);
   PyTypeObject* type = Py_TYPE(object);
@@ -125,9 +143,10 @@ bool add_rows(Lane* self, PyObject* kind, PyObject* layout) {
     found->offsets.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(offsets.get(), i)));
   const char* name = PyUnicode_AsUTF8(kind);
   if (!name || PyErr_Occurred()) return false;
+  const int code = kind_code(name);
+  TORCH_CHECK(code >= 0, "Lane: no such kind of rows: ", name);
   Py_INCREF(layout);
-  self->rows->push_back({std::move(found), layout, groups.get()});
-  self->kinds->push_back(name);
+  self->rows->push_back({std::move(found), code, layout, groups.get()});
   return true;
 }
 
@@ -146,6 +165,7 @@ bool begin(Lane* self, PyObject* args) {
   self->occurrences = Py_NewRef(occurrences);
   self->known = Py_NewRef(known);
   ++self->number;
+  ++self->stamp;
   self->strata = strata;
   self->is_paused = false;
   self->is_shared = false;

@@ -19,9 +19,14 @@ namespace {
 
 PyTypeObject* lane_type = nullptr;  // kept for the life of the process
 
-PyObject* slow(PyObject* mode, PyObject* func, PyObject* types, PyObject* args, PyObject* kwargs) {
-  return PyObject_CallFunctionObjArgs(names.slow, mode, func, types, args,
-                                      kwargs ? kwargs : Py_None, nullptr);
+// Python's own. Both may use one parameter, so it is told of the uses made here before.
+PyObject* slow(Lane* lane, PyObject* mode, PyObject* func, PyObject* types, PyObject* args,
+               PyObject* kwargs) {
+  if (!tell_uses(lane)) return nullptr;
+  PyObject* out = PyObject_CallFunctionObjArgs(names.slow, mode, func, types, args,
+                                               kwargs ? kwargs : Py_None, nullptr);
+  ++lane->stamp;
+  return out;
 }
 
 // torch_function(mode, func, types, args=(), kwargs=None)
@@ -32,17 +37,19 @@ PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
   THPObjectPtr none(PyTuple_New(0));
   PyObject* args = count > 3 ? given[3] : none.get();
   PyObject* kwargs = count > 4 && given[4] != Py_None ? given[4] : nullptr;
-  THPObjectPtr held(PyObject_GetAttrString(mode, "lane"));
+  static PyObject* const name = PyUnicode_InternFromString("lane");
+  THPObjectPtr held(PyObject_GetAttr(mode, name));
   if (!held) return nullptr;
   TORCH_CHECK_TYPE(Py_TYPE(held.get()) == lane_type, "__torch_function__: mode.lane is no Lane");
   Lane* lane = reinterpret_cast<Lane*>(held.get());
   if (!PyTuple_Check(args) || (kwargs && !PyDict_Check(kwargs)))
-    return slow(mode, func, types, args, kwargs);
+    return slow(lane, mode, func, types, args, kwargs);
   if (func == names.set_shared) {
     if (PyTuple_GET_SIZE(args) > 0) lane->is_shared = PyObject_IsTrue(PyTuple_GET_ITEM(args, 0));
-    return slow(mode, func, types, args, kwargs);
+    return slow(lane, mode, func, types, args, kwargs);
   }
-  if (lane->is_paused || lane->is_shared || !lane->by_id) return slow(mode, func, types, args, kwargs);
+  if (lane->is_paused || lane->is_shared || !lane->by_id)
+    return slow(lane, mode, func, types, args, kwargs);
   if (!at::GradMode::is_enabled()) return PyObject_Call(func, args, kwargs);
   int found = meets_root(lane, args);
   if (found == 0 && kwargs) {
@@ -55,11 +62,11 @@ PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const int is_gradient_call = PySet_Contains(names.gradient_calls, func);
     if (is_gradient_call < 0) return nullptr;
     if (is_gradient_call == 0) return PyObject_Call(func, args, kwargs);
-    return slow(mode, func, types, args, kwargs);
+    return slow(lane, mode, func, types, args, kwargs);
   }
   PyObject* out = boundary(lane, func, args, kwargs);
   if (out != nullptr || PyErr_Occurred()) return out;
-  return slow(mode, func, types, args, kwargs);
+  return slow(lane, mode, func, types, args, kwargs);
   END_HANDLE_TH_ERRORS
 }
 

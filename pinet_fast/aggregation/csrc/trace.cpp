@@ -3,7 +3,7 @@
 #include <torch/csrc/autograd/python_function.h>
 
 #include <string_view>
-#include <typeindex>
+#include <typeinfo>
 #include <unordered_map>
 
 namespace pinet {
@@ -57,9 +57,9 @@ class Walk {
 
  private:
   Kind kind_of(const Node* node) const {
-    static std::unordered_map<std::type_index, Kind> known;  // the GIL is held
-    const std::type_index type(typeid(*node));
-    const auto entry = known.find(type);
+    static std::unordered_map<const std::type_info*, Kind> known;  // the GIL is held
+    const std::type_info& type = typeid(*node);  // more than one for a type is fine
+    const auto entry = known.find(&type);
     if (entry != known.end()) return entry->second;
     Kind kind = Kind::kOther;
     if (dynamic_cast<const Boundary*>(node)) {
@@ -71,7 +71,7 @@ class Walk {
     } else if (names_.readers.count(node->name())) {
       kind = Kind::kReader;
     }
-    return known[type] = kind;
+    return known[&type] = kind;
   }
 
   Traced fitting(int kind, int64_t n) const {

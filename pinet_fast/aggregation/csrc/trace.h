@@ -16,6 +16,7 @@ namespace pinet {
 // Rows of one kind of this forward.
 struct Rows {
   std::shared_ptr<const Groups> groups;
+  int kind = 0;                       // users or events: see `kind_names`
   PyObject* layout = nullptr;         // RowLayout(0, kind, groups), owned
   PyObject* python_groups = nullptr;  // its groups, borrowed from it
 };
