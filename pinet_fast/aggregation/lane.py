@@ -17,7 +17,8 @@ from __future__ import annotations
 import functools
 import operator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ from pinet_fast.aggregation.sharing import set_shared
 from pinet_fast.kernels import _registry
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -59,6 +60,37 @@ def refusal() -> str | None:
     return _library()[1]
 
 
+class LayerFunctions(Protocol):
+    """Functions of layers.
+
+    Attributes:
+        linear: As ``F.linear``, with three arguments.
+        layer_norm: As ``torch.layer_norm``, with five arguments.
+        embedding: As ``torch.embedding``, with three arguments.
+    """
+
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    layer_norm: Callable[[Tensor, Sequence[int], Tensor, Tensor, float], Tensor]
+    embedding: Callable[[Tensor, Tensor, int], Tensor]
+
+
+@functools.cache
+def layer_functions() -> LayerFunctions:
+    """Return functions that ask a lane at once, instead of by way of torch's stack of modes.
+
+    Where there is no lane, in this process or at a call, they are the functions of torch.
+    """
+    module: LayerFunctions | None = _library()[0]
+    if module is not None:
+        return module
+    return cast(
+        "LayerFunctions",
+        SimpleNamespace(
+            linear=F.linear, layer_norm=torch.layer_norm, embedding=torch.embedding
+        ),
+    )
+
+
 @functools.cache
 def _interception() -> type[Interception]:
     """Return the class of interceptions in a lane; made where there is one."""
@@ -74,7 +106,7 @@ def _interception() -> type[Interception]:
         def prepare(self, positions: Sequence[int]) -> None:
             self.rows.layout_of = self.lane.layout_of
             self.lane.begin(
-                self.by_id, self.leaves, self.leaves.dense_leaves, self._occurrences, self._known,
+                self, self.by_id, self.leaves, self.leaves.dense_leaves, self._occurrences, self._known,
                 self.leaves.num_strata, self.rows.whole_layouts(),
                 _registry.is_first("cpp", _KERNELS),
                 self.leaves.keeps_touched,

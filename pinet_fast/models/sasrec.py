@@ -13,7 +13,7 @@ from pinet_fast.aggregation.strata_index import repeat_rows
 from pinet_fast.errors import ConfigError
 from pinet_fast.kernels import ragged_attention
 from pinet_fast.models.dropout import Dropout, Masks
-from pinet_fast.models.layers import Embedding, LayerNorm
+from pinet_fast.models.layers import Embedding, LayerNorm, Linear
 from pinet_fast.models.sequence import SequenceModel
 
 NormName = Literal["pre", "post"]
@@ -121,11 +121,11 @@ class _Block(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.attention_norm = LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         self.feed_norm = LayerNorm(dim)
-        self.up = nn.Linear(dim, dim)
-        self.down = nn.Linear(dim, dim)
+        self.up = Linear(dim, dim)
+        self.down = Linear(dim, dim)
 
     def forward(self, x: Tensor, offsets: Tensor, max_len: int, masks: Masks, place: int) -> Tensor:
         masks = masks.where(self.training)
@@ -154,11 +154,11 @@ class _PostBlock(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim)
         self.attention_norm = LayerNorm(dim)
-        self.up = nn.Linear(dim, 4 * dim)
-        self.down = nn.Linear(4 * dim, dim)
+        self.up = Linear(dim, 4 * dim)
+        self.down = Linear(4 * dim, dim)
         self.feed_norm = LayerNorm(dim)
 
     def forward(self, x: Tensor, offsets: Tensor, max_len: int, masks: Masks, place: int) -> Tensor:

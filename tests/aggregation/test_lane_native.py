@@ -357,7 +357,7 @@ def test_a_begin_that_fails_forgets_what_it_was_given():
     held = weakref.ref(leaves)
     made = lane._library()[0].Lane([parameter], [])
     with pytest.raises(AttributeError):
-        made.begin({}, leaves, {}, {}, {}, 2, [("users", object())], True, True)
+        made.begin(None, {}, leaves, {}, {}, {}, 2, [("users", object())], True, True)
     del leaves
     assert held() is None
     with pytest.raises(IndexError):

@@ -55,10 +55,10 @@ bool sees_every_op() {
 
 namespace {
 
-// The mode of the lane itself is off while it is asked: what is on the stack are others.
-bool is_plain_context() {
+// Modes of others hold more of the stack than the lane's.
+bool is_plain_context(const Lane* lane) {
   return !at::autocast::is_autocast_enabled(at::kCPU) && !sees_every_op() &&
-         at::impl::PythonTorchFunctionTLS::stack_len() == 0 &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == lane->depth &&
          !at::SavedTensorDefaultHooks::get_hooks(true).has_value();
 }
 
@@ -104,7 +104,7 @@ bool is_plain(PyObject* value, const at::Tensor& tensor) {
 
 bool is_ready(const Lane* lane, PyObject* value, const at::Tensor& tensor) {
   return !lane->is_shared && PyDict_GET_SIZE(lane->known) == 0 && is_plain(value, tensor) &&
-         is_plain_context();
+         is_plain_context(lane);
 }
 
 // Lets other threads of Python run where a call takes longer than the change of hands.
@@ -158,13 +158,19 @@ PyObject* dense_boundary(Lane* lane, Op op, PyObject* input, PyObject* weight, P
 // F.linear(rows, weight, bias), as nn.Linear calls it.
 PyObject* try_linear(Lane* lane, PyObject* args, PyObject* kwargs) {
   if (PyTuple_GET_SIZE(args) != 3 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
-  return dense_boundary(lane, kLinear, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1),
-                        PyTuple_GET_ITEM(args, 2), 0.0);
+  return linear_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1),
+                         PyTuple_GET_ITEM(args, 2));
 }
 
 PyObject* keyword(PyObject* kwargs, const char* name) {
   THPObjectPtr key(PyUnicode_InternFromString(name));
   return key ? PyDict_GetItemWithError(kwargs, key.get()) : nullptr;
+}
+
+}  // namespace
+
+PyObject* linear_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObject* bias) {
+  return dense_boundary(lane, kLinear, input, weight, bias, 0.0);
 }
 
 PyObject* norm_boundary(Lane* lane, PyObject* input, PyObject* shape, PyObject* weight,
@@ -176,6 +182,8 @@ PyObject* norm_boundary(Lane* lane, PyObject* input, PyObject* shape, PyObject* 
   if (PyLong_AsLongLong(width) != THPVariable_Unpack(weight).numel()) return nullptr;
   return dense_boundary(lane, kLayerNorm, input, weight, bias, PyFloat_AS_DOUBLE(eps));
 }
+
+namespace {
 
 // F.layer_norm(rows, shape, weight=, bias=, eps=), as it hands itself to modes.
 PyObject* try_layer_norm(Lane* lane, PyObject* args, PyObject* kwargs) {
@@ -193,7 +201,7 @@ PyObject* try_torch_layer_norm(Lane* lane, PyObject* args, PyObject* kwargs) {
 }
 
 // A lookup whose gradient is dense in the end; padding is an id of Python's, or None.
-PyObject* lookup_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObject* padding) {
+PyObject* padded_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObject* padding) {
   if (!is_tensor(input)) return nullptr;
   const at::Tensor& ids = THPVariable_Unpack(input);
   if (!is_ready(lane, input, ids) || meets_root(lane, input) != 0) return nullptr;
@@ -238,19 +246,24 @@ PyObject* try_embedding(Lane* lane, PyObject* args, PyObject* kwargs) {
   if (!padding || keyword(kwargs, "max_norm") != Py_None) return nullptr;
   if (keyword(kwargs, "scale_grad_by_freq") != Py_False || keyword(kwargs, "sparse") != Py_False)
     return nullptr;
-  return lookup_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1), padding);
+  return padded_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1), padding);
 }
 
-// torch.embedding(table, ids, padding_idx), where ids below 0 are none
+// torch.embedding(table, ids, padding_idx)
 PyObject* try_torch_embedding(Lane* lane, PyObject* args, PyObject* kwargs) {
   if (PyTuple_GET_SIZE(args) != 3 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
-  PyObject* padding = PyTuple_GET_ITEM(args, 2);
-  if (!PyLong_Check(padding)) return nullptr;
-  if (PyLong_AsLongLong(padding) < 0) padding = Py_None;
-  return lookup_boundary(lane, PyTuple_GET_ITEM(args, 1), PyTuple_GET_ITEM(args, 0), padding);
+  return lookup_boundary(lane, PyTuple_GET_ITEM(args, 0), PyTuple_GET_ITEM(args, 1),
+                         PyTuple_GET_ITEM(args, 2));
 }
 
 }  // namespace
+
+// A padding below 0 is none.
+PyObject* lookup_boundary(Lane* lane, PyObject* table, PyObject* ids, PyObject* padding) {
+  if (!PyLong_Check(padding)) return nullptr;
+  if (PyLong_AsLongLong(padding) < 0) padding = Py_None;
+  return padded_boundary(lane, ids, table, padding);
+}
 
 bool tell_uses(Lane* lane) {
   for (Site* site : *lane->untold) {

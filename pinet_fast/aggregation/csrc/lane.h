@@ -66,9 +66,17 @@ struct Lane {
   std::vector<Site*>* untold;
   int64_t stamp;  // counts the moments at which Python may have counted uses
   PyObject *by_id, *leaves, *dense_leaves, *occurrences, *known;
+  PyObject* mode;  // the interception, borrowed: looked at where it is on the stack of modes
+  int64_t depth;   // of that stack, where boundaries are made: the mode itself is off, or the only one
   bool is_paused;
   bool is_shared;
 };
+
+// The lane of the last forward that began and runs still; null where none does.
+extern Lane* active;
+
+// Layers of pinet_fast.models ask it at once (direct.cpp); Python's functions go through modes first.
+extern PyMethodDef direct_methods[];
 
 // The parameter that a value is, ready for a use in this forward; null where it is none, where
 // Python decides, and with an error set. A dense use has a leaf that the forward's others share.
@@ -85,6 +93,12 @@ PyTypeObject* make_lane_type();
 
 // 1: a root, or a view of one, is among values, so that Python looks closer; 0: none; -1: an error.
 int meets_root(const Lane* lane, PyObject* value);
+
+// What one call becomes where nothing is left to decide; null without an error: Python decides.
+PyObject* linear_boundary(Lane* lane, PyObject* input, PyObject* weight, PyObject* bias);
+PyObject* norm_boundary(Lane* lane, PyObject* input, PyObject* shape, PyObject* weight,
+                        PyObject* bias, PyObject* eps);
+PyObject* lookup_boundary(Lane* lane, PyObject* table, PyObject* ids, PyObject* padding);
 
 // Whether jit.trace, a transform or a dispatch mode is to see every op: then nothing is made here.
 bool sees_every_op();

@@ -12,6 +12,9 @@
 #include "lane.h"
 
 namespace pinet {
+
+Lane* active = nullptr;
+
 namespace {
 
 void refuse() {
@@ -24,6 +27,8 @@ void refuse() {
 
 // What belongs to one forward; what was made for parameters stays.
 void forget(Lane* self) {
+  if (active == self) active = nullptr;
+  self->mode = nullptr;
   if (self->rows)
     for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
   if (self->rows) self->rows->clear();
@@ -151,10 +156,10 @@ bool add_rows(Lane* self, PyObject* kind, PyObject* layout) {
 }
 
 bool begin(Lane* self, PyObject* args) {
-  PyObject *by_id, *leaves, *dense_leaves, *occurrences, *known, *rows;
+  PyObject *mode, *by_id, *leaves, *dense_leaves, *occurrences, *known, *rows;
   long long strata;
   int has_kernels, keeps_touched;
-  if (!PyArg_ParseTuple(args, "O!OO!O!O!LO!pp", &PyDict_Type, &by_id, &leaves, &PyDict_Type,
+  if (!PyArg_ParseTuple(args, "OO!OO!O!O!LO!pp", &mode, &PyDict_Type, &by_id, &leaves, &PyDict_Type,
                         &dense_leaves, &PyDict_Type, &occurrences, &PyDict_Type, &known, &strata,
                         &PyList_Type, &rows, &has_kernels, &keeps_touched))
     return false;
@@ -164,6 +169,8 @@ bool begin(Lane* self, PyObject* args) {
   self->dense_leaves = Py_NewRef(dense_leaves);
   self->occurrences = Py_NewRef(occurrences);
   self->known = Py_NewRef(known);
+  self->mode = mode;
+  active = self;
   ++self->number;
   ++self->stamp;
   self->strata = strata;
@@ -182,7 +189,7 @@ bool begin(Lane* self, PyObject* args) {
   return true;
 }
 
-// begin(by_id, leaves, dense leaves, occurrences, known, strata, [(kind, layout)], whether the
+// begin(mode, by_id, leaves, dense leaves, occurrences, known, strata, [(kind, layout)], whether the
 //       compiled kernels serve, whether lookups keep what they touched)
 PyObject* lane_begin(PyObject* object, PyObject* args) {
   HANDLE_TH_ERRORS

@@ -132,5 +132,6 @@ PyMODINIT_FUNC PINET_LANE_INIT() {
   THPObjectPtr method(PyInstanceMethod_New(function));
   if (!method || PyModule_AddObjectRef(module, "torch_function", method) != 0) return nullptr;
   if (PyModule_AddFunctions(module, pinet::gradient_methods) != 0) return nullptr;
+  if (PyModule_AddFunctions(module, pinet::direct_methods) != 0) return nullptr;
   return module.release();
 }
