@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,8 +31,8 @@ NEEDED = (
 """As ``pkgutil.resolve_name`` takes them; a test compares them with what the code uses."""
 
 
-STANCES = ("torch._dynamo.eval_frame:_set_stance", "torch._dynamo.eval_frame:DynamoStance")
-"""Where a torch lacks one of these, its public ``set_stance`` serves, at ten times the cost."""
+STANCES = ("torch._dynamo.eval_frame:_stance", "torch._dynamo.eval_frame:DynamoStance")
+"""Where a torch lacks one of these, its public ``set_stance`` serves, at thirty times the cost."""
 
 
 @functools.cache
@@ -58,17 +59,25 @@ def frame_callback() -> Callable[[], object] | None:
 
 
 class _EagerStance:
-    """The stance ``force_eager`` while entered, without the calls of torch's own context."""
+    """The stance ``force_eager`` while entered, without the calls of torch's own context.
 
-    def __init__(self, change: Callable[[object], object], eager: object) -> None:
-        self._change, self._eager = change, eager
+    Those ask whether a frame is being compiled now; ``refuse_compiled_step`` has asked it.
+
+    Args:
+        frames: The module whose global it is.
+        eager: The stance.
+    """
+
+    def __init__(self, frames: Any, eager: object) -> None:
+        self._frames, self._eager = frames, eager
         self._before: list[object] = []
 
     def __enter__(self) -> None:
-        self._before.append(self._change(self._eager))
+        self._before.append(self._frames._stance)
+        self._frames._stance = self._eager
 
     def __exit__(self, *error: object) -> None:
-        self._change(self._before.pop())
+        self._frames._stance = self._before.pop()
 
 
 def eager_stance() -> AbstractContextManager[None]:
@@ -84,8 +93,8 @@ def eager_stance() -> AbstractContextManager[None]:
 def _quick_stance() -> _EagerStance | None:
     if not all(map(_is_there, STANCES)):
         return None
-    change, kind = map(pkgutil.resolve_name, STANCES)
-    return _EagerStance(change, kind("force_eager"))
+    kind = pkgutil.resolve_name(STANCES[1])
+    return _EagerStance(sys.modules[kind.__module__], kind("force_eager"))
 
 
 def _is_there(name: str) -> bool:

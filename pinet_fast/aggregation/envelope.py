@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.leak_check import LeakCheck
 
 
+_HAS_RANKS = torch.distributed.is_available()
+_OWN_KINDS = {Tensor, torch.nn.Parameter}
+
+
 def refuse_outside_envelope(
     parameters: Sequence[Tensor], names: Sequence[str], *, check: LeakCheck, intercept: bool
 ) -> None:
@@ -28,13 +32,12 @@ def refuse_outside_envelope(
             check is armed.
     """
     # Every step asks, so what is never so in most processes is told without a call for it.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _HAS_RANKS and torch.distributed.is_initialized():
         _refuse_ranks()
-    sharding = sys.modules.get("torch.distributed.tensor")  # nobody has one without this import
-    if sharding is not None:
-        for kind in {*map(type, parameters)}:
-            if issubclass(kind, sharding.DTensor):
-                _refuse_sharded(parameters, names, sharding)
+    if not {*map(type, parameters)} <= _OWN_KINDS:
+        sharding = sys.modules.get("torch.distributed.tensor")  # nobody has one without this import
+        if sharding is not None:
+            _refuse_sharded(parameters, names, sharding)
     # Nothing is captured before CUDA is initialised; asking for that is cheap.
     initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     capturing = initialised and torch.cuda.is_current_stream_capturing()

@@ -80,8 +80,12 @@ def test_packed_sequences_are_refused_by_name() -> None:
 def test_sharded_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch.distributed.tensor as sharded
 
+    class Sharded(nn.Parameter):
+        pass
+
     model = nn.Linear(D, 1)
-    monkeypatch.setattr(sharded, "DTensor", nn.Parameter)  # as if the weights were such
+    model.weight = Sharded(model.weight.detach())
+    monkeypatch.setattr(sharded, "DTensor", Sharded)  # as if the weight were such
     opt = GradientAggregator(torch.optim.SGD(model.parameters(), lr=0.1), "agreement")
     with pytest.raises(AggregationError, match="DTensor"), opt.stratify(IDS):
         pass
