@@ -88,11 +88,8 @@ class Interception(BoundaryUses, TorchFunctionMode):
         """Make the leaves of parameters that the last forward used densely."""
         self.leaves.prepare(self.by_id[id(self.parameters[i])] for i in positions)
 
-    def expect_backward(self) -> None:
-        """Allow the backward of this forward; leaves are guarded elsewhere."""
-
-    def note_calls(self) -> None:
-        """Count kernels that the backward ran without the registry; here there are none."""
+    def expect_backward(self, is_expected: bool) -> None:
+        """Note that the aggregator's backward of this forward begins or ends."""
 
     def __torch_function__(
         self,

@@ -153,29 +153,31 @@ class Session:
         """
         if self.interception is None:
             return self._by_separate_backwards(losses)
-        present = losses.rows.present
         self._guard.is_expected = True
-        self.interception.expect_backward()
-        with gradients_apart(self.parameters), replay(self.interception):
-            try:
-                if self.interception.uses and sum(present) > 1:
-                    retained = retained_buffers() if self.is_traced else nullcontext()
-                    with profiling.LEAK_CHECK, retained:
-                        self.saw_leak = self.check.run(
-                            self.interception.uses, losses.values, present, step, self.names,
-                            accept=self.attributes_leaks,
-                        )  # fmt: skip
-                torch.autograd.backward(
-                    losses.values,
-                    torch.ones_like(losses.values),
-                    retain_graph=self.leaves.share_rows,
-                )
-            finally:  # an error, too, leaves calls behind
-                self.interception.note_calls()
-            outside = [] if hold_nothing(self.parameters) else self._positions_with_gradient()
-            collected = collect(self.leaves, self.parameters)
+        self.interception.expect_backward(True)
+        try:
+            with gradients_apart(self.parameters), replay(self.interception):
+                self._run_backward(losses, step)
+                outside = [] if hold_nothing(self.parameters) else self._positions_with_gradient()
+                collected = collect(self.leaves, self.parameters)
+        finally:  # an error, too, leaves calls behind
+            self.interception.expect_backward(False)
         self._refuse_outside(outside)
         return collected
+
+    def _run_backward(self, losses: StratumLosses, step: int) -> None:
+        assert self.interception is not None
+        present = losses.rows.present
+        if self.interception.uses and sum(present) > 1:
+            retained = retained_buffers() if self.is_traced else nullcontext()
+            with profiling.LEAK_CHECK, retained:
+                self.saw_leak = self.check.run(
+                    self.interception.uses, losses.values, present, step, self.names,
+                    accept=self.attributes_leaks,
+                )  # fmt: skip
+        torch.autograd.backward(
+            losses.values, torch.ones_like(losses.values), retain_graph=self.leaves.share_rows
+        )
 
     def _positions_with_gradient(self) -> list[int]:
         return [i for i, p in enumerate(self.parameters) if p.grad is not None]

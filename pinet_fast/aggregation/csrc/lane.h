@@ -40,7 +40,6 @@ struct Parameter {
   THPObjectPtr root;
   THPObjectPtr key, entry;  // id(root) and (root, leaf), as the leaves keep those of dense uses
   const c10::TensorImpl* made_from = nullptr;  // whose values are detached; it may be gone
-  std::array<Py_ssize_t, 2> held{};            // references to a leaf that nobody uses
   int64_t forward = 0;                         // the last forward that it is ready for
   std::array<std::array<Site, kNumKinds>, kNumOps> sites;
 };

@@ -206,10 +206,12 @@ PyObject* lane_end(PyObject* object, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// expect(): the backward of the last forward is the aggregator's from now on.
-PyObject* lane_expect(PyObject* object, PyObject*) {
+// expect(whether): a backward of the last forward is the aggregator's from now on, or is not.
+PyObject* lane_expect(PyObject* object, PyObject* value) {
   Lane* self = reinterpret_cast<Lane*>(object);
-  if (*self->forward) (*self->forward)->is_expected = true;
+  const int is_expected = PyObject_IsTrue(value);
+  if (is_expected < 0) return nullptr;
+  if (*self->forward) (*self->forward)->is_expected = is_expected != 0;
   Py_RETURN_NONE;
 }
 
@@ -247,7 +249,7 @@ PyObject* lane_take_calls(PyObject* object, PyObject*) {
 PyMethodDef lane_methods[] = {
     {"begin", lane_begin, METH_VARARGS, nullptr},
     {"end", lane_end, METH_NOARGS, nullptr},
-    {"expect", lane_expect, METH_NOARGS, nullptr},
+    {"expect", lane_expect, METH_O, nullptr},
     {"pause", lane_pause, METH_O, nullptr},
     {"layout_of", lane_layout_of, METH_O, nullptr},
     {"take_calls", lane_take_calls, METH_NOARGS, nullptr},

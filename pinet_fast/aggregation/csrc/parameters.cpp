@@ -16,18 +16,13 @@ bool is_served(const at::Tensor& tensor) {
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
 
-// Whether a leaf is as it was made: without gradient and hooks, and with nobody else who has it, as
-// the graph of an earlier forward would.
+// Whether a leaf is as it was made, without gradient and hooks, and no other forward has it. The
+// graph of an earlier one may lead to it still: its nodes expect no backward any more.
 bool is_unused(const Parameter& parameter) {
   const at::Tensor& leaf = parameter.leaf;
-  if (leaf.grad().defined() || !torch::autograd::impl::hooks(leaf).empty() ||
-      torch::autograd::impl::post_acc_grad_hooks(leaf) != nullptr)
-    return false;
-  const auto count = static_cast<Py_ssize_t>(leaf.use_count());
-  if (!parameter.entry) return count == 1;
-  PyObject* object = PyTuple_GET_ITEM(parameter.entry.get(), 1);
-  return Py_REFCNT(parameter.entry.get()) == 1 && Py_REFCNT(object) == parameter.held[0] &&
-         count == parameter.held[1];
+  return !leaf.grad().defined() && torch::autograd::impl::hooks(leaf).empty() &&
+         torch::autograd::impl::post_acc_grad_hooks(leaf) == nullptr &&
+         (!parameter.entry || Py_REFCNT(parameter.entry.get()) == 1);
 }
 
 // Not where `p.data = ...` has put other values in the place of those before, or where the parameter
@@ -79,9 +74,7 @@ bool make_entry(Parameter& parameter) {
   parameter.key = PyLong_FromVoidPtr(parameter.root.get());
   if (!leaf || !parameter.key) return false;
   parameter.entry = PyTuple_Pack(2, parameter.root.get(), leaf.get());
-  if (!parameter.entry) return false;
-  parameter.held = {Py_REFCNT(leaf.get()) - 1, static_cast<Py_ssize_t>(parameter.leaf.use_count())};
-  return true;
+  return static_cast<bool>(parameter.entry);
 }
 
 // Takes the leaf that Python has made in this forward, where there is one; it serves no other.
