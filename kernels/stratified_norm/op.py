@@ -229,7 +229,9 @@ def _kernel(
     inputs = (grad, rows, mean, rstd, weight, ids)
     chosen = _registry.select("stratified_norm_backward", (*inputs, num_strata), backend or None)
     outs = _outputs(rows, num_strata, need_rows, need_weight, need_bias)
-    without_graph(chosen.impl, *inputs, *outs)
+    made = without_graph(chosen.impl, *inputs, *outs)
+    if made is not None:  # a gradient of the rows that a backend has made itself
+        outs = (made, *outs[1:])
     _registry.record_call("stratified_norm_backward", chosen.name)
     return [out for out in outs if out is not None]
 

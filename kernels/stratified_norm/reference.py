@@ -23,7 +23,7 @@ def stratified_norm_backward_reference(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
-) -> None:
+) -> Tensor | None:
     """Write the gradients that are wanted; no value of a GPU is read on the host.
 
     Args:
@@ -36,12 +36,17 @@ def stratified_norm_backward_reference(
         grad_rows: [N, D], fully written, or None.
         grad_weight: [S, D], fully written, or None.
         grad_bias: [S, D], fully written, or None.
+
+    Returns:
+        What takes the place of ``grad_rows``, which is not written then, or None: torch makes that
+        gradient itself, and a copy of it would cost as much as the rest.
     """
     wide = torch.float32
     for x in (grad, rows, mean, rstd, weight):
         wide = wide if x is None else torch.promote_types(wide, x.dtype)
     grad, centred = grad.to(wide), rows.to(wide) - mean.to(wide).unsqueeze(1)
     rstd = rstd.to(wide).contiguous()
+    in_place_of_rows = None
     if grad_rows is not None and rows.numel() > 0:
         # torch folds mean into a product, which loses digits where rows lie far from 0; centred
         # rows have none. Sums over rows are left out: here they are by stratum.
@@ -49,11 +54,12 @@ def stratified_norm_backward_reference(
             grad, centred, rows.shape[1:], torch.zeros_like(rstd).unsqueeze(1), rstd.unsqueeze(1),
             None if weight is None else weight.to(wide).contiguous(), None, [True, False, False],
         )  # fmt: skip
-        grad_rows.copy_(found)
+        in_place_of_rows = found.to(grad_rows.dtype).contiguous()
     if grad_weight is None and grad_bias is None:
-        return
+        return in_place_of_rows
     write = _sums_on_cpu if rows.device.type == "cpu" else sums_anywhere
     write(grad, centred, rstd, ids, grad_weight, grad_bias)
+    return in_place_of_rows
 
 
 def _sums_on_cpu(
@@ -68,11 +74,13 @@ def _sums_on_cpu(
     wanted = grad_bias if grad_weight is None else grad_weight
     assert wanted is not None
     row_offsets, order = slices(ids, wanted.shape[0])
+    sums: list[tuple[Tensor, Tensor | None, Tensor]] = []
     if grad_weight is not None:
         # rstd belongs to whole rows, which are multiplied by it as they are added.
-        slice_sums(centred.mul_(grad), row_offsets, order, grad_weight, rstd)
+        sums.append((centred.mul_(grad), rstd, grad_weight))
     if grad_bias is not None:
-        slice_sums(grad, row_offsets, order, grad_bias)
+        sums.append((grad, None, grad_bias))
+    slice_sums(sums, row_offsets, order)
 
 
 def sums_anywhere(

@@ -59,7 +59,8 @@ def _by_runs(grads: Sequence[Tensor], out: Tensor) -> None:
         products = torch.bmm(blocks, blocks.mT)
         sizes = (padded[p].shape[1] // _RUN for p in group)
         sums = out.new_empty((len(group), strata * strata))
-        slice_sums(products.flatten(1), list(itertools.accumulate(sizes, initial=0)), None, sums)
+        offsets = list(itertools.accumulate(sizes, initial=0))
+        slice_sums([(products.flatten(1), None, sums)], offsets, None)
         out[group] = sums.view(-1, strata, strata)
 
 

@@ -31,7 +31,7 @@ def stratum_sums_reference(rows: Tensor, ids: Tensor, out: Tensor) -> None:
         out: [S, D] of any floating dtype, fully written.
     """
     if rows.device.type == "cpu":
-        slice_sums(rows, *slices(ids, out.shape[0]), out)
+        slice_sums([(rows, None, out)], *slices(ids, out.shape[0]))
     else:
         masked_sums(rows, ids, out)
 
@@ -74,37 +74,40 @@ def slices(ids: Tensor, num_strata: int) -> tuple[list[int], Tensor | None]:
 
 
 def slice_sums(
-    rows: Tensor,
+    sums: Sequence[tuple[Tensor, Tensor | None, Tensor]],
     row_offsets: Sequence[int],
     order: Tensor | None,
-    out: Tensor,
-    factors: Tensor | None = None,
 ) -> None:
-    """Write the sums of consecutive rows on a CPU, in two passes of torch whatever S is.
+    """Write sums of consecutive rows on a CPU, in a pass of torch each and one more, whatever S is.
 
     Every bag of ``embedding_bag`` is added row by row, by one thread and without a mask: the bits
     do not depend on the number of threads, and a NaN stays in its stratum.
 
     Args:
-        rows: [N, D] of any floating dtype and strides.
+        sums: What is summed, at least one: rows [N, D] of any floating dtype and strides; factors
+            of them, [N], of the rows' dtype and that float32 at least, or None for ones; and the
+            sums, [S, D] of any floating dtype, fully written.
         row_offsets: S + 1 ints, ascending, in ``0..N``.
         order: Which row each place holds, int64 [N]; None for the rows as they are.
-        out: [S, D] of any floating dtype, fully written.
-        factors: [N], of every row, of the dtype of the rows and that float32 at least; None for
-            ones.
     """
     first, last = row_offsets[0], row_offsets[-1]
-    if first == last or rows.shape[1] == 0:
-        out.zero_()
+    if first == last or sums[0][0].shape[1] == 0:
+        for _, _, out in sums:
+            out.zero_()
         return
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
     places, starts, runs, firsts = _runs(tuple(row_offsets))
     if order is not None:
         places = order[first:last]
-    if factors is not None:
-        factors = factors[first:last] if order is None else factors.index_select(0, places)
-    sums = torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0].double()
-    out.copy_(torch.embedding_bag(sums, runs, firsts)[0])
+    parts = []
+    for rows, factors, _ in sums:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        if factors is not None:
+            factors = factors[first:last] if order is None else factors.index_select(0, places)
+        parts.append(torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0])
+    of_runs = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    found = torch.embedding_bag(of_runs.double(), runs, firsts)[0]
+    for (_, _, out), part in zip(sums, found.split(parts[0].shape[1], 1), strict=True):
+        out.copy_(part)
 
 
 @functools.lru_cache(maxsize=8)
