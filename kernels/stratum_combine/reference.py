@@ -52,20 +52,23 @@ def _by_weights(
     # What is 0 or infinite only in float32 is a weight, and a product with it is no error.
     narrow = weights.float().tolist()
     for p, (grad, out, touched) in enumerate(zip(grads, outs, rows, strict=True)):
-        wide = torch.promote_types(torch.promote_types(grad.dtype, out.dtype), torch.float32)
+        wide = _wide(grad.dtype, out.dtype)
         factors = exact[p] if wide is torch.float64 else narrow[p]
         parts = grad.unbind(0)
-        terms = [(f, part) for w, f, part in zip(exact[p], factors, parts, strict=True) if w != 0]
+        terms = list(zip(factors, parts, strict=True))
+        if 0 in exact[p]:
+            terms = [term for w, term in zip(exact[p], terms, strict=True) if w != 0]
         if not terms:
             if not accumulate[p]:
                 out.zero_()
             continue
         is_sum = touched is None and not accumulate[p] and out.dtype is wide
         total = out if is_sum else torch.empty_like(parts[0], dtype=wide)
-        first, *others = terms
-        torch.mul(first[1].to(wide), first[0], out=total)
-        for factor, part in others:
-            total.add_(part.to(wide), alpha=factor)
+        is_narrow = grad.dtype is not wide
+        factor, part = terms[0]
+        torch.mul(part.to(wide) if is_narrow else part, factor, out=total)
+        for factor, part in terms[1:]:
+            total.add_(part.to(wide) if is_narrow else part, alpha=factor)
         if is_sum:
             continue
         if touched is None:
@@ -74,6 +77,13 @@ def _by_weights(
             out.index_copy_(0, touched, (out.index_select(0, touched) + total).to(out.dtype))
         else:
             out.zero_().index_copy_(0, touched, total.to(out.dtype))
+
+
+def _wide(of_gradient: torch.dtype, of_output: torch.dtype) -> torch.dtype:
+    """Return the dtype that holds both, float32 at least."""
+    if of_gradient is of_output and of_output in (torch.float32, torch.float64):
+        return of_output
+    return torch.promote_types(torch.promote_types(of_gradient, of_output), torch.float32)
 
 
 def by_masks(

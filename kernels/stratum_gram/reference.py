@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_RUN = 64
+_RUN = 128
 """Products that are summed in their own dtype on a CPU; their sums are summed as rows are."""
 
 _SMALL = 1 << 14
@@ -45,30 +45,42 @@ def stratum_gram_reference(grads: Sequence[Tensor], out: Tensor) -> None:
 def _by_runs(grads: Sequence[Tensor], out: Tensor) -> None:
     """Write the inner products on a CPU: matrix products of runs, which are then added."""
     strata = out.shape[1]
-    padded = [_whole_runs(grad.reshape(strata, grad.numel() // strata)) for grad in grads]
+    flat = [_as_rows(grad, strata) for grad in grads]
     # Most parameters are small: a copy of all of these costs less than a product of each.
     groups: dict[torch.dtype | int, list[int]] = {}
-    for p, rows in enumerate(padded):
+    for p, rows in enumerate(flat):
         groups.setdefault(rows.dtype if rows.shape[1] <= _SMALL else p, []).append(p)
     for group in groups.values():
-        rows = padded[group[0]]
-        if len(group) > 1 or rows.data_ptr() % _ALIGNMENT:
+        rows = flat[group[0]]
+        if len(group) > 1 or rows.shape[1] % _RUN or rows.data_ptr() % _ALIGNMENT:
             # The last bits of a matrix product depend on where its operands lie.
-            rows = torch.cat([padded[p] for p in group], dim=1)
+            rows = _in_whole_runs([flat[p] for p in group])
         blocks = rows.view(strata, rows.shape[1] // _RUN, _RUN).transpose(0, 1)
         products = torch.bmm(blocks, blocks.mT)
-        sizes = (padded[p].shape[1] // _RUN for p in group)
+        sizes = (-(-flat[p].shape[1] // _RUN) for p in group)
         sums = out.new_empty((len(group), strata * strata))
         offsets = list(itertools.accumulate(sizes, initial=0))
         slice_sums([(products.flatten(1), None, sums)], offsets, None)
         out[group] = sums.view(-1, strata, strata)
 
 
-def _whole_runs(rows: Tensor) -> Tensor:
-    """Return rows [S, columns] in float32 at least, without gaps, zeros up to whole runs."""
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
-    columns = rows.shape[1]
-    return torch.nn.functional.pad(rows, (0, -columns % _RUN)) if columns % _RUN else rows
+def _as_rows(grad: Tensor, strata: int) -> Tensor:
+    """Return a gradient as [S, columns] in float32 at least, without gaps."""
+    rows = grad.reshape(strata, grad.numel() // strata)
+    if rows.dtype is not torch.float32 and rows.dtype is not torch.float64:
+        rows = rows.float()
+    return rows.contiguous()
+
+
+def _in_whole_runs(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors [S, columns] beside each other, each with zeros up to whole runs."""
+    zeros = parts[0].new_zeros((parts[0].shape[0], _RUN))
+    pieces: list[Tensor] = []
+    for rows in parts:
+        pieces.append(rows)
+        if missing := -rows.shape[1] % _RUN:
+            pieces.append(zeros[:, :missing])
+    return torch.cat(pieces, dim=1)
 
 
 def by_products(grads: Sequence[Tensor], out: Tensor) -> None:

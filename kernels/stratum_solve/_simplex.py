@@ -47,9 +47,16 @@ def on_host(gram: Tensor) -> Tensor:
     import numpy as np
 
     numbers = gram.detach().numpy()
+    num_strata = numbers.shape[-1]
     with np.errstate(all="ignore"):  # what is not finite is NaN in the end
-        weights = _iterate(np, numbers, np.eye(numbers.shape[-1]), _solve_on_host)
-    return torch.from_numpy(weights)
+        if numbers.size == num_strata**2:
+            try:
+                weights = _iterate_one(np, numbers.reshape(num_strata, num_strata))
+            except np.linalg.LinAlgError:
+                weights = _iterate(np, numbers, np.eye(num_strata), _solve_on_host)
+        else:
+            weights = _iterate(np, numbers, np.eye(num_strata), _solve_on_host)
+    return torch.from_numpy(weights.reshape(numbers.shape[:-1]))
 
 
 def _solve_on_host(matrix: Any, right: Any) -> Any:
@@ -86,3 +93,32 @@ def _iterate(xp: Any, gram: Any, identity: Any, solve: Callable[[Any, Any], Any]
         step = _TO_BOUNDARY / xp.clip(shrink, _TO_BOUNDARY, None)
         w, z = w + step * dw, z + step * dz
     return w / w.sum(-1)[..., None]
+
+
+def _iterate_one(xp: Any, gram: Any) -> Any:
+    """Do what ``_iterate`` does for one Gram [K, K]: NumPy's functions for any shape cost twice."""
+    num_strata = len(gram)
+    w = xp.full(num_strata, 1 / num_strata)
+    gradient = gram.mean(-1)
+    z = gradient - gradient.min() + 1
+    right = xp.ones((num_strata, 2))
+    matrix = xp.empty_like(gram, order="C")
+    diagonal = matrix.reshape(-1)[:: num_strata + 1]
+    total, least = xp.add.reduce, xp.minimum.reduce
+    gap = 0.0
+    for _ in range(_ITERATIONS):
+        before, gap = gap, max(w.dot(z) / num_strata * _CENTRING, _FLOOR)
+        if before == gap == _FLOOR:
+            break  # it has arrived
+        target, slope = gap / w, z / w
+        matrix[:] = gram
+        diagonal += slope
+        right[:, 1] = target - gram.dot(w)
+        ones, free = xp.linalg.solve(matrix, right).T
+        dw = free - total(free) / total(ones) * ones
+        dz = target - z - slope * dw
+        shrink = -min(least(dw / w), least(dz / z))
+        step = _TO_BOUNDARY / max(shrink, _TO_BOUNDARY)
+        w += step * dw
+        z += step * dz
+    return w / total(w)

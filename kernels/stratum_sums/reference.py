@@ -65,12 +65,15 @@ def slices(ids: Tensor, num_strata: int) -> tuple[list[int], Tensor | None]:
         S + 1 ints; and the stable permutation that sorts the ids, int64 [N], None if they are
         sorted.
     """
+    import numpy as np
+
+    # By NumPy, whose small operations cost a third of torch's: every layer asks.
     order = None
-    ids = ids.contiguous()
-    if bool((ids[1:] < ids[:-1]).any()):
-        ids, order = ids.sort(stable=True)
-    bounds = torch.arange(num_strata + 1, device=ids.device)
-    return torch.searchsorted(ids, bounds).tolist(), order
+    numbers = ids.numpy()
+    if (numbers[1:] < numbers[:-1]).any():
+        ids, order = ids.contiguous().sort(stable=True)
+        numbers = ids.numpy()
+    return np.searchsorted(numbers, np.arange(num_strata + 1)).tolist(), order
 
 
 def slice_sums(
