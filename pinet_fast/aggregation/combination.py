@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pinet_fast.aggregation.collection import Collected
-    from pinet_fast.aggregation.losses import LossRows, StratumLosses
+    from pinet_fast.aggregation.losses import LossRows
     from pinet_fast.aggregation.pending import PendingGradients
     from pinet_fast.aggregation.session import Session
     from pinet_fast.aggregation.stratum_gradient import StratumGradient
+    from pinet_fast.aggregation.stratum_losses import StratumLosses
 
 Absent = Literal["renormalise", "skip"]
 
@@ -62,14 +63,15 @@ class Combination:
         )
 
     def run(
-        self, collected: Collected, rows: LossRows, losses: StratumLosses | None
+        self, collected: Collected, rows: LossRows, losses: Tensor | None
     ) -> AggregationReport:
         """Write ``p.grad``.
 
         Args:
             collected: What the backward left.
             rows: The loss rows by stratum.
-            losses: The stratum losses, for the report; None where only a scalar was seen.
+            losses: The mean losses by stratum, [S], for the report; None where only a scalar was
+                seen.
 
         Raises:
             AggregationError: No parameter met a row of the batch.
@@ -105,7 +107,7 @@ class Combination:
             mode="exact" if session.interception is None else "one-pass",
             counts=rows.counts,
             unit=rows.unit,
-            losses=None if losses is None else reported_losses(losses),
+            losses=None if losses is None else reported_losses(losses, rows),
             weights=weights,
             gram=whole,
             leak=_leak_state(session),
@@ -114,14 +116,14 @@ class Combination:
     def run_reweighted(self, losses: StratumLosses) -> AggregationReport:
         """Write ``p.grad`` by one plain backward of the losses times a constant rule's weights."""
         weights = self.constant_weights(losses.rows)
-        factors = losses.values.new_tensor(weights)
+        means = losses.reduce(weights)
         with profiling.BACKWARD:
-            torch.autograd.backward(losses.values, factors)
+            losses.backward()
         return AggregationReport(
             mode="reweighted",
             counts=losses.rows.counts,
             unit=losses.rows.unit,
-            losses=reported_losses(losses),
+            losses=reported_losses(means, losses.rows),
             weights=torch.tensor(weights, dtype=torch.float64),
         )
 
@@ -177,9 +179,9 @@ def _leak_state(session: Session) -> LeakState:
     return "armed" if check.mode == "first" and check.has_unproven else "proven"
 
 
-def reported_losses(losses: StratumLosses) -> Tensor:
-    """Return the stratum losses without graph, on the host; NaN for absent strata."""
-    values, present = losses.values.detach().cpu(), losses.rows.present
+def reported_losses(means: Tensor, rows: LossRows) -> Tensor:
+    """Return the stratum losses on the host, [S]; NaN for absent strata."""
+    values, present = means.cpu(), rows.present
     if all(present):
-        return values.clone()
+        return values
     return values.masked_fill(torch.tensor([not here for here in present]), torch.nan)

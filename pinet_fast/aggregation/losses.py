@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from pinet_fast.aggregation.stratum_losses import StratumLosses
 from pinet_fast.errors import AggregationError, ConfigError, RowLayoutError
 
 if TYPE_CHECKING:
@@ -39,19 +40,6 @@ class LossRows:
         return [total > 0 for total in self.totals]
 
 
-@dataclass(frozen=True)
-class StratumLosses:
-    """Mean losses by stratum, with their graph.
-
-    Attributes:
-        values: ``sum_i w_i l_i / sum_i w_i`` over the rows of each stratum, [S]; 0 for absent ones.
-        rows: The rows they are means of.
-    """
-
-    values: Tensor
-    rows: LossRows
-
-
 def stratum_losses(losses: Tensor, weights: Tensor | None, rows: BatchRows) -> StratumLosses:
     """Reduce losses to one mean a stratum (DESIGN section 3).
 
@@ -78,16 +66,13 @@ def stratum_losses(losses: Tensor, weights: Tensor | None, rows: BatchRows) -> S
     flat = losses.flatten()
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
-    zeros = flat.new_zeros(groups.num_strata)
-    if weights is None:  # the factor of a stratum comes last: two passes over the rows less
-        factors = flat.new_tensor([1.0 / max(count, 1) for count in groups.counts])
-        values = zeros.index_add(0, groups.ids, flat) * factors
-        return StratumLosses(values, LossRows(groups.counts, _as_totals(groups.counts), unit))
+    if weights is None:
+        counts = groups.counts
+        return StratumLosses(flat, groups, LossRows(counts, _as_totals(counts), unit))
     totals = _totals(groups, weights.to(flat))
     scale = torch.where(totals > 0, totals.clamp_min(torch.finfo(totals.dtype).tiny), 1.0)
     factors = weights.flatten().to(flat) / scale.to(flat)[groups.ids]
-    values = zeros.index_add(0, groups.ids, flat * factors)
-    return StratumLosses(values, LossRows(groups.counts, tuple(totals.tolist()), unit))
+    return StratumLosses(flat, groups, LossRows(groups.counts, tuple(totals.tolist()), unit), factors)
 
 
 @dataclass(frozen=True)

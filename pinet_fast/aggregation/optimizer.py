@@ -161,9 +161,10 @@ class GradientAggregator(StratifyingOptimizer):
             if session.interception is not None or self._wants_stratum_gradients():
                 if session.leaves.terms:
                     mark_terms(losses)
+                means = reduced.reduce()
                 with profiling.BACKWARD:
                     collected = session.stratum_gradients(reduced, self._num_steps)
-                self.report = self._combination(session).run(collected, reduced.rows, reduced)
+                self.report = self._combination(session).run(collected, reduced.rows, means)
             else:
                 self.report = self._combination(session).run_reweighted(reduced)
         self._fresh = True

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
     from pinet_fast.aggregation.leak_check import LeakCheck
     from pinet_fast.aggregation.leaves import Root
-    from pinet_fast.aggregation.losses import LossRows, ScalarLoss, StratumLosses
+    from pinet_fast.aggregation.losses import LossRows, ScalarLoss
     from pinet_fast.aggregation.slice_rule import SliceProof
     from pinet_fast.aggregation.strata_index import StrataIndex
+    from pinet_fast.aggregation.stratum_losses import StratumLosses
     from pinet_fast.aggregation.trace_plan import TracePlan
 
 
@@ -175,9 +176,7 @@ class Session:
                     self.interception.uses, losses.values, present, step, self.names,
                     accept=self.attributes_leaks,
                 )  # fmt: skip
-        torch.autograd.backward(
-            losses.values, torch.ones_like(losses.values), retain_graph=self.leaves.share_rows
-        )
+        losses.backward(retain_graph=self.leaves.share_rows)
 
     def _positions_with_gradient(self) -> list[int]:
         return [i for i, p in enumerate(self.parameters) if p.grad is not None]

@@ -7,6 +7,7 @@
 #include <torch/csrc/utils/object_ptr.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -59,6 +60,72 @@ long source_of(PyObject* root) {
   const long position = PyLong_AsLong(PyTuple_GET_ITEM(positions.get(), 0));
   if (PyErr_Occurred()) throw python_error();
   return position;
+}
+
+// One number a stratum: of a tuple of Python's, or ones for None.
+std::vector<double> numbers_of(PyObject* values, Py_ssize_t count) {
+  std::vector<double> numbers(count, 1.0);
+  if (values == Py_None) return numbers;
+  TORCH_CHECK_VALUE(PyTuple_Check(values) && PyTuple_GET_SIZE(values) == count,
+                    "mean_losses: expected a tuple of one number a stratum");
+  for (Py_ssize_t s = 0; s < count; ++s) {
+    numbers[s] = PyFloat_AsDouble(PyTuple_GET_ITEM(values, s));
+    if (PyErr_Occurred()) throw python_error();
+  }
+  return numbers;
+}
+
+// As `StratumLosses.reduce` has it: sums in float64, row by row; factors rounded to T first.
+template <class T>
+void reduce_losses(const at::Tensor& losses, const at::Tensor& ids,
+                   const std::vector<double>& counts, const std::vector<double>& cotangents,
+                   at::Tensor& means, at::Tensor& by_row) {
+  const auto strata = static_cast<int64_t>(counts.size());
+  std::vector<double> sums(strata, 0.0);
+  std::vector<T> inverse(strata), of_row(strata);
+  for (int64_t s = 0; s < strata; ++s) {
+    inverse[s] = static_cast<T>(1.0 / std::max(counts[s], 1.0));
+    of_row[s] = static_cast<T>(cotangents[s]) * inverse[s];
+  }
+  const T* loss = losses.const_data_ptr<T>();
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  T* row = by_row.mutable_data_ptr<T>();
+  for (int64_t n = 0; n < losses.numel(); ++n) {
+    TORCH_CHECK_INDEX(id[n] >= 0 && id[n] < strata, "mean_losses: a stratum is out of range");
+    sums[id[n]] += loss[n];
+    row[n] = of_row[id[n]];
+  }
+  T* mean = means.mutable_data_ptr<T>();
+  for (int64_t s = 0; s < strata; ++s) mean[s] = static_cast<T>(sums[s] * inverse[s]);
+}
+
+// mean_losses(losses, ids, rows of every stratum, cotangents or None): the means without graph [S],
+// and the gradient of the losses [N]; None where Python is to do it.
+PyObject* mean_losses(PyObject*, PyObject* args) {
+  HANDLE_TH_ERRORS
+  PyObject *losses, *ids, *counts, *cotangents;
+  if (!PyArg_ParseTuple(args, "OOO!O", &losses, &ids, &PyTuple_Type, &counts, &cotangents))
+    return nullptr;
+  if (!is_served(losses) || !THPVariable_CheckExact(ids) || sees_every_op()) Py_RETURN_NONE;
+  const at::Tensor& of_rows = THPVariable_Unpack(losses);
+  const at::Tensor& strata = THPVariable_Unpack(ids);
+  if (of_rows.dim() != 1 || !of_rows.is_contiguous() || !strata.is_cpu() ||
+      strata.scalar_type() != at::kLong || !strata.is_contiguous() ||
+      strata.sizes() != of_rows.sizes())
+    Py_RETURN_NONE;
+  const Py_ssize_t count = PyTuple_GET_SIZE(counts);
+  const std::vector<double> rows = numbers_of(counts, count), given = numbers_of(cotangents, count);
+  at::Tensor means = at::empty({count}, of_rows.options());
+  at::Tensor by_row = at::empty(of_rows.sizes(), of_rows.options());
+  if (of_rows.scalar_type() == at::kDouble) {
+    reduce_losses<double>(of_rows, strata, rows, given, means, by_row);
+  } else {
+    reduce_losses<float>(of_rows, strata, rows, given, means, by_row);
+  }
+  THPObjectPtr first(THPVariable_Wrap(std::move(means)));
+  THPObjectPtr second(THPVariable_Wrap(std::move(by_row)));
+  return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
+  END_HANDLE_TH_ERRORS
 }
 
 // take_gradients(dense leaves, P): takes the gradients of dense leaves, by parameter; None where
@@ -300,6 +367,7 @@ PyObject* write(PyObject*, PyObject* args) {
 
 PyMethodDef gradient_methods[] = {
     {"holds_nothing", list_holds_nothing, METH_O, nullptr},
+    {"mean_losses", mean_losses, METH_VARARGS, nullptr},
     {"take_gradients", take_gradients, METH_VARARGS, nullptr},
     {"gram", gram, METH_O, nullptr},
     {"reduce", reduce, METH_O, nullptr},
