@@ -109,7 +109,7 @@ def slice_sums(
         parts.append(torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0])
     of_runs = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     found = torch.embedding_bag(of_runs.double(), runs, firsts)[0]
-    for (_, _, out), part in zip(sums, found.split(parts[0].shape[1], 1), strict=True):
+    for (_, _, out), part in zip(sums, found.chunk(len(sums), 1), strict=True):
         out.copy_(part)
 
 

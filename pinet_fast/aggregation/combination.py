@@ -62,9 +62,7 @@ class Combination:
             self.session.batch_strata(rows, self.counts, renormalise=renormalise)
         )
 
-    def run(
-        self, collected: Collected, rows: LossRows, losses: Tensor | None
-    ) -> AggregationReport:
+    def run(self, collected: Collected, rows: LossRows, losses: Tensor | None) -> AggregationReport:
         """Write ``p.grad``.
 
         Args:

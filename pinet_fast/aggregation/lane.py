@@ -85,9 +85,7 @@ def layer_functions() -> LayerFunctions:
         return module
     return cast(
         "LayerFunctions",
-        SimpleNamespace(
-            linear=F.linear, layer_norm=torch.layer_norm, embedding=torch.embedding
-        ),
+        SimpleNamespace(linear=F.linear, layer_norm=torch.layer_norm, embedding=torch.embedding),
     )
 
 
@@ -106,10 +104,9 @@ def _interception() -> type[Interception]:
         def prepare(self, positions: Sequence[int]) -> None:
             self.rows.layout_of = self.lane.layout_of
             self.lane.begin(
-                self, self.by_id, self.leaves, self.leaves.dense_leaves, self._occurrences, self._known,
-                self.leaves.num_strata, self.rows.whole_layouts(),
-                _registry.is_first("cpp", _KERNELS),
-                self.leaves.keeps_touched,
+                self, self.by_id, self.leaves, self.leaves.dense_leaves, self._occurrences,
+                self._known, self.leaves.num_strata, self.rows.whole_layouts(),
+                _registry.is_first("cpp", _KERNELS), self.leaves.keeps_touched,
             )  # fmt: skip
 
         def __enter__(self) -> Self:

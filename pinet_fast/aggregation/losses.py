@@ -72,7 +72,9 @@ def stratum_losses(losses: Tensor, weights: Tensor | None, rows: BatchRows) -> S
     totals = _totals(groups, weights.to(flat))
     scale = torch.where(totals > 0, totals.clamp_min(torch.finfo(totals.dtype).tiny), 1.0)
     factors = weights.flatten().to(flat) / scale.to(flat)[groups.ids]
-    return StratumLosses(flat, groups, LossRows(groups.counts, tuple(totals.tolist()), unit), factors)
+    return StratumLosses(
+        flat, groups, LossRows(groups.counts, tuple(totals.tolist()), unit), factors
+    )
 
 
 @dataclass(frozen=True)

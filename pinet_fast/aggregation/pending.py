@@ -132,11 +132,14 @@ class PendingGradients:
             return False
         if not _registry.is_first("cpp", ("stratum_combine",)):
             return False
-        parameters, gradients = zip(*self._single, strict=True)
-        if any([g.is_sparse for g in gradients]):
-            return False
-        values, rows = [g.values for g in gradients], [g.rows for g in gradients]
-        self._written = functions.write(list(parameters), values, rows, weights)
+        parameters, values, rows = [], [], []
+        for p, gradient in self._single:
+            if gradient.is_sparse:
+                return False
+            parameters.append(p)
+            values.append(gradient.values)
+            rows.append(gradient.rows)
+        self._written = functions.write(parameters, values, rows, weights)
         if self._written is None:
             return False
         _registry.record_call("stratum_combine", "cpp")

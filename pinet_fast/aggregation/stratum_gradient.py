@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from pinet_fast.kernels import (
     stratified_embedding_add,
     stratified_embedding_reduce,
 )
+
 
 @dataclass(slots=True)
 class StratumGradient:
