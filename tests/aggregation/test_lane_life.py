@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from pinet_fast.aggregation import GradientAggregator
 from pinet_fast.aggregation.lane import refusal
+from pinet_fast.errors import AggregationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -247,3 +248,131 @@ def test_a_lane_dies_with_its_aggregator() -> None:
     trail.optimizer = None
     gc.collect()
     assert sys.getrefcount(parameters[0]) < table
+
+
+# Leaves from one forward to the next --------------------------------------------------------------
+
+
+def leaves_of(opt: GradientAggregator) -> dict[int, int]:
+    """Return the identities of the dense leaves of the forward that runs, by root."""
+    session = opt._session
+    assert session is not None
+    return {key: id(leaf) for key, (_, leaf) in session.leaves.dense_leaves.items()}
+
+
+def steps_with_leaves(
+    between: Callable[[int, Small, GradientAggregator, Tensor], Any] | None = None,
+) -> list[dict[int, int]]:
+    """Return the leaves of every step; the last losses are alive in the next forward, as in loops.
+
+    ``between`` is called after every step.
+    """
+    torch.manual_seed(0)
+    model = Small()
+    opt = GradientAggregator(sgd(model.named_parameters()), "agreement")
+    found = []
+    with lane(True):
+        for step, batch in enumerate(batches(WARM_UP + 4)):
+            opt.zero_grad()
+            with opt.stratify(batch.index()):
+                losses = small(model, batch)
+                found.append(leaves_of(opt))
+            opt.backward(losses)
+            opt.step()
+            if between is not None:
+                between(step, model, opt, losses)
+    return found[WARM_UP:]
+
+
+def test_leaves_are_kept_although_losses_live_on() -> None:
+    found = steps_with_leaves()
+    assert len(found[0]) == 4
+    assert all(leaves == found[0] for leaves in found)
+
+
+def test_a_leaf_that_somebody_has_is_made_anew() -> None:
+    held: list[Any] = []
+
+    def hold(step: int, model: Small, opt: GradientAggregator, losses: Tensor) -> None:
+        if step == WARM_UP + 1:
+            nodes = [losses.grad_fn]
+            while nodes:
+                node = nodes.pop()
+                leaf = getattr(node, "variable", None)
+                if leaf is not None and leaf.shape == (3, D, D):
+                    leaf.grad = torch.ones(3, D, D)  # left behind by an error, say
+                    held.append(leaf)
+                nodes += [parent for parent, _ in getattr(node, "next_functions", ())]
+
+    found = steps_with_leaves(hold)
+    assert held
+    assert id(held[0]) in found[1].values()
+    changed = [key for key in found[1] if found[2][key] != found[1][key]]
+    assert [found[1][key] for key in changed] == [id(held[0])]
+    assert found[3] == found[2]
+
+
+def test_a_backward_of_earlier_losses_is_refused() -> None:
+    """Its graph leads to leaves that a later forward uses; here it was not freed."""
+    torch.manual_seed(0)
+    model = Small()
+    opt = GradientAggregator(sgd(model.named_parameters()), "agreement")
+
+    def plain_norm(rows: Tensor) -> Tensor:
+        return model.norm(rows)
+
+    with lane(True):
+        for batch in batches(WARM_UP + 1):
+            rows = batch.numbers(batch.num_rows, D)
+            opt.zero_grad()
+            with opt.stratify(batch.index()):
+                first = per_row(plain_norm(rows))
+            part = first.sum()
+            with opt.stratify(batch.index()):  # the first forward never had its backward
+                losses = per_row(plain_norm(rows))
+            opt.backward(losses)
+        with pytest.raises(AggregationError, match="nothing says how this scalar was reduced"):
+            part.backward()
+        expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        opt.zero_grad()
+        with opt.stratify(batch.index()):
+            losses = per_row(plain_norm(rows))
+        opt.backward(losses)
+    for p, grad in zip(model.parameters(), expected, strict=True):
+        assert (p.grad is None) == (grad is None)
+        assert grad is None or torch.equal(p.grad, grad)
+
+
+def test_another_number_of_strata_has_leaves_of_its_own() -> None:
+    torch.manual_seed(0)
+    model = Small()
+    named = list(model.named_parameters())
+    with lane(True):
+        for num_strata in (2, 3):
+            opt = GradientAggregator(sgd(named), "agreement")
+            for batch in batches(WARM_UP + 2, num_strata=num_strata):
+                opt.zero_grad()
+                with opt.stratify(batch.index()):
+                    losses = small(model, batch)
+                    shapes = {
+                        leaf.shape[0] for _, leaf in opt._session.leaves.dense_leaves.values()
+                    }
+                opt.backward(losses)
+                assert shapes == {num_strata}
+
+
+def test_a_use_in_python_before_one_in_the_lane_shares_its_leaf() -> None:
+    """In one forward a parameter has one leaf, whoever met it first; and counts its uses on."""
+
+    def forward(model: Small, batch: Batch) -> Tensor:
+        x = batch.numbers(batch.num_rows, D)
+        if batch.seed % 2:
+            h = torch.nn.functional.linear(input=x, weight=model.up.weight, bias=model.up.bias)
+            return per_row(model.norm(model.up(h)))
+        h = model.up(x)
+        return per_row(
+            model.norm(torch.nn.functional.linear(h, bias=model.up.bias, weight=model.up.weight))
+        )
+
+    ours, _ = compare(Small, batches(10), forward=forward)
+    assert ours.num_in_python[-1] == 1

@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 #include <vector>
 
@@ -196,7 +197,7 @@ PyObject* reduce(PyObject*, PyObject* list) {
     pybind11::gil_scoped_release released;
     static const auto op = find("pinet_cpp::stratified_embedding_reduce");
     found = call(op, std::move(ids), std::move(strata), std::move(values), num_strata, num_rows);
-  } catch (const c10::Error&) {
+  } catch (const std::exception&) {
     Py_RETURN_NONE;  // Python's says which entry is out of range
   }
   THPObjectPtr results(PyTuple_New(3));
