@@ -105,11 +105,8 @@ def _iterate_one(xp: Any, gram: Any) -> Any:
     matrix = xp.empty_like(gram, order="C")
     diagonal = matrix.reshape(-1)[:: num_strata + 1]
     total, least = xp.add.reduce, xp.minimum.reduce
-    gap = 0.0
     for _ in range(_ITERATIONS):
-        before, gap = gap, max(w.dot(z) / num_strata * _CENTRING, _FLOOR)
-        if before == gap == _FLOOR:
-            break  # it has arrived
+        gap = max(w.dot(z) / num_strata * _CENTRING, _FLOOR)
         target, slope = gap / w, z / w
         matrix[:] = gram
         diagonal += slope
