@@ -6,6 +6,7 @@ import gc
 import mmap
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -341,6 +342,31 @@ def test_a_backward_of_earlier_losses_is_refused() -> None:
     for p, grad in zip(model.parameters(), expected, strict=True):
         assert (p.grad is None) == (grad is None)
         assert grad is None or torch.equal(p.grad, grad)
+
+
+def test_values_that_were_replaced_are_let_go() -> None:
+    """A model that is converted or moved does not leave its first values behind."""
+    torch.manual_seed(0)
+    model = Small()
+    opt = GradientAggregator(sgd(model.named_parameters()), "agreement")
+    with lane(True):
+        for batch in batches(WARM_UP + 1):
+            opt.zero_grad()
+            with opt.stratify(batch.index()):
+                losses = small(model, batch)
+            opt.backward(losses)
+        memory = torch.zeros(D, D)
+        released = weakref.ref(memory.untyped_storage())
+        model.up.weight.data = memory
+        del memory
+        for _ in range(2):
+            with opt.stratify(batch.index()):
+                small(model, batch)
+        assert released() is not None
+        model.bfloat16()
+        with opt.stratify(batch.index()):
+            gc.collect()
+            assert released() is None
 
 
 def test_another_number_of_strata_has_leaves_of_its_own() -> None:

@@ -9,6 +9,8 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
 
+#include <utility>
+
 #include "lane.h"
 
 namespace pinet {
@@ -32,8 +34,8 @@ PyObject* directly(PyObject* torch_function, PyObject* const* args, Py_ssize_t c
   Lane* lane = count == expected ? reached() : nullptr;
   if (lane != nullptr) {
     THPObjectPtr held(Py_NewRef(reinterpret_cast<PyObject*>(lane)));
-    lane->depth = 1;
-    const auto back = c10::make_scope_exit([lane] { lane->depth = 0; });
+    const int64_t before = std::exchange(lane->depth, 1);
+    const auto back = c10::make_scope_exit([lane, before] { lane->depth = before; });
     PyObject* out = boundary(lane);
     if (out != nullptr || PyErr_Occurred()) return out;
   }

@@ -77,6 +77,9 @@ extern Lane* active;
 // Layers of pinet_fast.models ask it at once (direct.cpp); Python's functions go through modes first.
 extern PyMethodDef direct_methods[];
 
+// Lets go of what was made for values that a parameter has no more: a model moved to a GPU, say.
+void drop_replaced(Lane* lane);
+
 // The parameter that a value is, ready for a use in this forward; null where it is none, where
 // Python decides, and with an error set. A dense use has a leaf that the forward's others share.
 Parameter* parameter_of(Lane* lane, PyObject* value, bool is_dense);

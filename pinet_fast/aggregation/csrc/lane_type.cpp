@@ -186,6 +186,7 @@ bool begin(Lane* self, PyObject* args) {
     if (!PyArg_ParseTuple(PyList_GET_ITEM(rows, i), "OO", &kind, &layout)) return false;
     if (!add_rows(self, kind, layout)) return false;
   }
+  drop_replaced(self);
   return true;
 }
 

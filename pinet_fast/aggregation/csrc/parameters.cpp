@@ -52,6 +52,14 @@ void make(Parameter& parameter, const at::Tensor& tensor, int64_t strata) {
   parameter.leaf = at::Tensor(std::move(expanded)).set_requires_grad(true);
 }
 
+void drop(Parameter& parameter) {
+  parameter.made_from = nullptr;
+  parameter.key = nullptr;
+  parameter.entry = nullptr;
+  parameter.leaf.reset();
+  parameter.detached.reset();
+}
+
 bool make_ready(const Lane* lane, Parameter& parameter, PyObject* value) {
   const at::Tensor& tensor = THPVariable_Unpack(value);
   if (!is_served(tensor)) return false;  // it may have been converted since
@@ -92,6 +100,15 @@ bool agree_with_python(const Lane* lane, Parameter& parameter) {
 }
 
 }  // namespace
+
+void drop_replaced(Lane* lane) {
+  for (auto& [value, parameter] : *lane->parameters) {
+    if (!parameter.detached.defined()) continue;
+    const at::Tensor& tensor = THPVariable_Unpack(value);
+    if (!is_served(tensor) || tensor.const_data_ptr() != parameter.detached.const_data_ptr())
+      drop(parameter);
+  }
+}
 
 Parameter* parameter_of(Lane* lane, PyObject* value, bool is_dense) {
   const auto found = lane->parameters->find(value);
