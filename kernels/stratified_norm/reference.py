@@ -33,13 +33,13 @@ def stratified_norm_backward_reference(
         rstd: Inverse standard deviation of every row, [N].
         weight: Scale [D], or None for ones.
         ids: int64 [N] in ``0..S-1``.
-        grad_rows: [N, D], fully written, or None.
+        grad_rows: [N, D] where that gradient is wanted, else None; not written.
         grad_weight: [S, D], fully written, or None.
         grad_bias: [S, D], fully written, or None.
 
     Returns:
-        What takes the place of ``grad_rows``, which is not written then, or None: torch makes that
-        gradient itself, and a copy of it would cost as much as the rest.
+        What takes the place of ``grad_rows``: torch makes that gradient itself, and a copy of it
+        would cost as much as the rest. None where none is wanted, or there are no rows.
     """
     wide = torch.float32
     for x in (grad, rows, mean, rstd, weight):

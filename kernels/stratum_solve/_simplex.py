@@ -1,4 +1,4 @@
-"""The shortest point of a simplex, in a fixed number of operations on small matrices."""
+"""The shortest point of a simplex, in a fixed number of iterations on small matrices."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _FLOOR = 1e-12  # the gap at which iterates stay, so that no division degenerate
 def minimise(gram: Tensor) -> Tensor:
     """Minimise ``w^T G w`` over the simplex.
 
-    A primal-dual interior-point method: no branches on values, hence no host sync, batched, and
-    the strata's order does not matter. Where several points are minimal it goes to the middle of
-    them, so that equal gradients weigh alike. On a CPU its 400 operations are NumPy's, which cost a
-    third of torch's.
+    A primal-dual interior-point method: no branches on values where a device would have to be
+    waited for, batched, and the strata's order does not matter. Where several points are minimal it
+    goes to the middle of them, so that equal gradients weigh alike. On a CPU its operations are
+    NumPy's, which cost a third of torch's, and for one Gram those of vectors, a half again; last
+    bits differ, and weights do as far as a nearly singular Gram leaves them open.
 
     Args:
         gram: [..., K, K], of order one.

@@ -87,6 +87,7 @@ class _Collection:
             grad = leaf.grad
             if grad is not None:
                 self._add(root, grad)
+                leaf.grad = None  # the next forward may have the leaf again
 
     def _add(self, root: Root, grad: Tensor) -> None:
         """Add the gradient [S, *root.shape], dense or over (stratum, item)."""

@@ -58,9 +58,8 @@ class Combination:
         """Return the weights of a constant rule for a batch of these rows."""
         assert isinstance(self.rule, ConstantRule)
         renormalise = self.absent == "renormalise"
-        return self.rule.weights(
-            self.session.batch_strata(rows, self.counts, renormalise=renormalise)
-        )
+        batch = self.session.batch_strata(rows, self.counts, renormalise=renormalise)
+        return tuple(map(float, self.rule.weights(batch)))  # a rule of users' may give a list
 
     def run(self, collected: Collected, rows: LossRows, losses: Tensor | None) -> AggregationReport:
         """Write ``p.grad``.

@@ -115,7 +115,9 @@ class VirtualLeaves:
             as elementwise rules need; else those in small tables do not.
 
     Attributes:
-        dense_leaves: Roots that are used densely and their leaves, by ``id(root)``.
+        dense_leaves: Roots that are used densely and their leaves, by ``id(root)``. A lane puts in
+            leaves that it keeps from one forward to the next; one that is used in Python too gets a
+            hook, with which it serves no other forward.
         lookups: Every lookup.
         terms: Every derived number that was added to the losses.
         sparse_tables: By position, whether all lookups in a parameter are sparse ones.
@@ -132,6 +134,7 @@ class VirtualLeaves:
     _is_watched: bool = False
     _shares_rows: bool = False
     _prepared: dict[int, Tensor] = field(default_factory=dict)
+    _own: set[int] = field(default_factory=set)
 
     def prepare(self, roots: Iterable[Root]) -> None:
         """Make the leaves that the forward will ask for, as the last one did.
@@ -154,9 +157,12 @@ class VirtualLeaves:
             elif self.watches_all or not self._is_watched:
                 leaf = self._watched(leaf)
             entry = self.dense_leaves[id(root)] = (root, leaf)
+            self._own.add(id(root))
             self._shares_rows |= root.has_rows
-        elif not self._is_watched:  # a lane made the entry, and watches its own uses alone
-            self._watched(entry[1])
+        elif id(root) not in self._own:  # a lane made the entry, and watches its own uses alone
+            self._own.add(id(root))
+            if self.on_gradient is not None:
+                entry[1].register_hook(self.on_gradient)  # type: ignore[no-untyped-call]
         return entry[1]
 
     def lookup(self, root: Root) -> Tensor:

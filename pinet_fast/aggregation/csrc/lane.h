@@ -65,7 +65,7 @@ struct Lane {
   std::vector<Site*>* untold;
   int64_t stamp;  // counts the moments at which Python may have counted uses
   PyObject *by_id, *leaves, *dense_leaves, *occurrences, *known;
-  PyObject* mode;  // the interception, borrowed: looked at where it is on the stack of modes
+  PyObject* mode;  // the interception
   int64_t depth;   // of that stack, where boundaries are made: the mode itself is off, or the only one
   bool is_paused;
   bool is_shared;

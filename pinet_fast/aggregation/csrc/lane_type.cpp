@@ -28,7 +28,7 @@ void refuse() {
 // What belongs to one forward; what was made for parameters stays.
 void forget(Lane* self) {
   if (active == self) active = nullptr;
-  self->mode = nullptr;
+  Py_CLEAR(self->mode);
   if (self->rows)
     for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
   if (self->rows) self->rows->clear();
@@ -98,7 +98,7 @@ int lane_traverse(PyObject* object, visitproc visit, void* arg) {
   Lane* self = reinterpret_cast<Lane*>(object);
   Py_VISIT(Py_TYPE(object));
   for (PyObject* held : {self->list, self->by_id, self->leaves, self->dense_leaves,
-                         self->occurrences, self->known})
+                         self->occurrences, self->known, self->mode})
     Py_VISIT(held);
   if (self->rows)
     for (const Rows& rows : *self->rows) Py_VISIT(rows.layout);
@@ -169,7 +169,7 @@ bool begin(Lane* self, PyObject* args) {
   self->dense_leaves = Py_NewRef(dense_leaves);
   self->occurrences = Py_NewRef(occurrences);
   self->known = Py_NewRef(known);
-  self->mode = mode;
+  self->mode = Py_NewRef(mode);
   active = self;
   ++self->number;
   ++self->stamp;

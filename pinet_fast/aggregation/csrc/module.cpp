@@ -23,10 +23,12 @@ PyTypeObject* lane_type = nullptr;  // kept for the life of the process
 PyObject* slow(Lane* lane, PyObject* mode, PyObject* func, PyObject* types, PyObject* args,
                PyObject* kwargs) {
   if (!tell_uses(lane)) return nullptr;
-  PyObject* out = PyObject_CallFunctionObjArgs(names.slow, mode, func, types, args,
-                                               kwargs ? kwargs : Py_None, nullptr);
+  THPObjectPtr out(PyObject_CallFunctionObjArgs(names.slow, mode, func, types, args,
+                                                kwargs ? kwargs : Py_None, nullptr));
   ++lane->stamp;
-  return out;
+  // Python may have come back here inside the call, with further uses.
+  if (!out || (lane->occurrences && !tell_uses(lane))) return nullptr;
+  return out.release();
 }
 
 // torch_function(mode, func, types, args=(), kwargs=None)
@@ -45,7 +47,10 @@ PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (!PyTuple_Check(args) || (kwargs && !PyDict_Check(kwargs)))
     return slow(lane, mode, func, types, args, kwargs);
   if (func == names.set_shared) {
-    if (PyTuple_GET_SIZE(args) > 0) lane->is_shared = PyObject_IsTrue(PyTuple_GET_ITEM(args, 0));
+    const int is_shared =
+        PyTuple_GET_SIZE(args) > 0 ? PyObject_IsTrue(PyTuple_GET_ITEM(args, 0)) : lane->is_shared;
+    if (is_shared < 0) return nullptr;
+    lane->is_shared = is_shared != 0;
     return slow(lane, mode, func, types, args, kwargs);
   }
   if (lane->is_paused || lane->is_shared || !lane->by_id)

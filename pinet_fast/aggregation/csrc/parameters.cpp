@@ -17,7 +17,8 @@ bool is_served(const at::Tensor& tensor) {
 }
 
 // Whether a leaf is as it was made, without gradient and hooks, and no other forward has it. The
-// graph of an earlier one may lead to it still: its nodes expect no backward any more.
+// graph of an earlier one may lead to it still, from nodes of the lane's, which expect no backward any
+// more. Where Python used the leaf it has hung a hook on it.
 bool is_unused(const Parameter& parameter) {
   const at::Tensor& leaf = parameter.leaf;
   return !leaf.grad().defined() && torch::autograd::impl::hooks(leaf).empty() &&
