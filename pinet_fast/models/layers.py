@@ -14,7 +14,7 @@ from pinet_fast.aggregation.lane import layer_functions
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``; but what goes by exact types, as torch's dynamic quantisation, passes it by."""
+    """``nn.Linear``; torch's dynamic quantisation, which goes by exact types, passes it by."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``input W^T + b``."""

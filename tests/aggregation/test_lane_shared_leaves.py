@@ -1,4 +1,4 @@
-"""Where Python and the lane use one parameter: its leaf, the count of its uses, and older graphs."""
+"""Parameters that Python and the lane both use: leaves, the count of uses, and older graphs."""
 
 from __future__ import annotations
 

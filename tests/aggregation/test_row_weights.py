@@ -1,4 +1,4 @@
-"""Row weights that a model computes, and constant rules of users: the gradient that autograd has."""
+"""Row weights that a model computes, and constant rules of users: the gradient of autograd."""
 
 from __future__ import annotations
 
