@@ -74,12 +74,15 @@ def _as_rows(grad: Tensor, strata: int) -> Tensor:
 
 def _in_whole_runs(parts: Sequence[Tensor]) -> Tensor:
     """Return tensors [S, columns] beside each other, each with zeros up to whole runs."""
-    zeros = parts[0].new_zeros((parts[0].shape[0], _RUN))
+    zeros: dict[int, Tensor] = {}  # without gaps: with one that has some a join takes three times
     pieces: list[Tensor] = []
     for rows in parts:
         pieces.append(rows)
-        if missing := -rows.shape[1] % _RUN:
-            pieces.append(zeros[:, :missing])
+        missing = -rows.shape[1] % _RUN
+        if missing and missing not in zeros:
+            zeros[missing] = rows.new_zeros((rows.shape[0], missing))
+        if missing:
+            pieces.append(zeros[missing])
     return torch.cat(pieces, dim=1)
 
 
