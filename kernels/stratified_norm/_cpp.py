@@ -11,6 +11,8 @@ from .._library import cpp_probe
 from .._registry import Backend
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -44,6 +46,7 @@ def run(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    row_offsets: Sequence[int] | None = None,
 ) -> None:
     """Write the gradients that are wanted; arguments as of the reference."""
     strata = next((x.shape[0] for x in (grad_weight, grad_bias) if x is not None), None)

@@ -13,6 +13,8 @@ from .._library import NAMESPACE, is_plain, without_graph
 from . import _cpp, reference
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,6 +36,7 @@ def stratified_norm_backward(
     need_rows: bool = True,
     need_weight: bool = True,
     need_bias: bool = True,
+    row_offsets: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Compute the gradients of LayerNorm over the last dimension, those of parameters by stratum.
@@ -55,6 +58,9 @@ def stratified_norm_backward(
         need_rows: Whether ``grad_rows`` is wanted.
         need_weight: Whether ``grad_weight`` is wanted.
         need_bias: Whether ``grad_bias`` is wanted.
+        row_offsets: Where strata start, S + 1 ascending ints on the host from 0 to N, if the caller
+            knows that the ids are sorted: a backend that would look for it believes them. None =
+            not known.
         backend: ``"reference"``, ``"cpp"`` or ``"triton"``; None lets the library choose.
 
     Returns:
@@ -77,11 +83,13 @@ def stratified_norm_backward(
         ``cost(num_rows, width, num_strata, itemsize)``: each row is read once.
     """
     _check(grad, rows, mean, rstd, weight, ids, num_strata)
+    if row_offsets is not None:
+        _check_offsets(row_offsets, rows.shape[0], num_strata)
     run = _kernel if is_plain(grad) else torch.ops.pinet.stratified_norm_backward.default
     found = iter(
         run(
             grad, rows, mean, rstd, weight, ids, num_strata, need_rows, need_weight, need_bias,
-            backend or "",
+            backend or "", row_offsets,
         )
     )  # fmt: skip
     return (
@@ -148,6 +156,17 @@ def _check(
         )
 
 
+def _check_offsets(row_offsets: Sequence[int], count: int, num_strata: int) -> None:
+    given = list(row_offsets)
+    is_right = len(given) == num_strata + 1 and given[0] == 0 and given[-1] == count
+    if not is_right or given != sorted(given):
+        raise InputError(
+            f"stratified_norm_backward: row_offsets: expected {num_strata + 1} ascending numbers "
+            f"from 0 to {count}, got {given[:12]}; count the rows of sorted strata, or leave them "
+            "out"
+        )
+
+
 def _triton_supports(
     grad: Tensor,
     rows: Tensor,
@@ -180,6 +199,7 @@ def _run_triton(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    row_offsets: Sequence[int] | None = None,
 ) -> None:
     # Triton is imported by the first call that needs it.
     from . import _triton
@@ -207,8 +227,8 @@ _registry.register(
 # A list, because an op may not return None: what is wanted, in order.
 NAMESPACE.define(  # type: ignore[no-untyped-call]
     "stratified_norm_backward(Tensor grad, Tensor rows, Tensor mean, Tensor rstd, Tensor? weight,"
-    " Tensor ids, SymInt num_strata, bool need_rows, bool need_weight, bool need_bias, str backend)"
-    " -> Tensor[]"
+    " Tensor ids, SymInt num_strata, bool need_rows, bool need_weight, bool need_bias, str backend,"
+    " SymInt[]? row_offsets=None) -> Tensor[]"
 )
 
 
@@ -224,12 +244,13 @@ def _kernel(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    row_offsets: Sequence[int] | None = None,
 ) -> list[Tensor]:
     # The choice is made here, not in the public function: see stratum_gram.
     inputs = (grad, rows, mean, rstd, weight, ids)
     chosen = _registry.select("stratified_norm_backward", (*inputs, num_strata), backend or None)
     outs = _outputs(rows, num_strata, need_rows, need_weight, need_bias)
-    made = without_graph(chosen.impl, *inputs, *outs)
+    made = without_graph(chosen.impl, *inputs, *outs, row_offsets)
     if made is not None:  # a gradient of the rows that a backend has made itself
         outs = (made, *outs[1:])
     _registry.record_call("stratified_norm_backward", chosen.name)
@@ -248,6 +269,7 @@ def _fake(
     need_weight: bool,
     need_bias: bool,
     backend: str,
+    row_offsets: Sequence[int] | None = None,
 ) -> list[Tensor]:
     outs = _outputs(rows, num_strata, need_rows, need_weight, need_bias)
     return [out for out in outs if out is not None]

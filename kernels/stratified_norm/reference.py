@@ -10,6 +10,8 @@ from .._registry import Backend
 from ..stratum_sums.reference import masked_sums, slice_sums, slices
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -23,6 +25,7 @@ def stratified_norm_backward_reference(
     grad_rows: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
+    row_offsets: Sequence[int] | None = None,
 ) -> Tensor | None:
     """Write the gradients that are wanted; no value of a GPU is read on the host.
 
@@ -36,6 +39,7 @@ def stratified_norm_backward_reference(
         grad_rows: [N, D] where that gradient is wanted, else None; not written.
         grad_weight: [S, D], fully written, or None.
         grad_bias: [S, D], fully written, or None.
+        row_offsets: Where strata start, S + 1 ints, where the ids are known to be sorted, or None.
 
     Returns:
         What takes the place of ``grad_rows``: torch makes that gradient itself, and a copy of it
@@ -57,8 +61,10 @@ def stratified_norm_backward_reference(
         in_place_of_rows = found.to(grad_rows.dtype).contiguous()
     if grad_weight is None and grad_bias is None:
         return in_place_of_rows
-    write = _sums_on_cpu if rows.device.type == "cpu" else sums_anywhere
-    write(grad, centred, rstd, ids, grad_weight, grad_bias)
+    if rows.device.type == "cpu":
+        _sums_on_cpu(grad, centred, rstd, ids, row_offsets, grad_weight, grad_bias)
+    else:
+        sums_anywhere(grad, centred, rstd, ids, grad_weight, grad_bias)
     return in_place_of_rows
 
 
@@ -67,13 +73,16 @@ def _sums_on_cpu(
     centred: Tensor,
     rstd: Tensor,
     ids: Tensor,
+    row_offsets: Sequence[int] | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
     """Write the gradients by stratum; ``centred`` is written over."""
     wanted = grad_bias if grad_weight is None else grad_weight
     assert wanted is not None
-    row_offsets, order = slices(ids, wanted.shape[0])
+    order = None
+    if row_offsets is None:
+        row_offsets, order = slices(ids, wanted.shape[0])
     sums: list[tuple[Tensor, Tensor | None, Tensor]] = []
     if grad_weight is not None:
         # rstd belongs to whole rows, which are multiplied by it as they are added.

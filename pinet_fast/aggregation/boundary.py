@@ -162,6 +162,7 @@ class StratifiedLayerNorm(torch.autograd.Function):
             need_rows=needs[0],
             need_weight=needs[2] or needs[4],
             need_bias=needs[3] or needs[5],
+            row_offsets=groups.offsets if groups.order is None else None,
         )
         # A scale or shift that is not the optimizer's gets its ordinary gradient.
         whole: list[Tensor | None] = []

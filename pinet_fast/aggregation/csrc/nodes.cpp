@@ -169,7 +169,7 @@ struct LayerNorm final : Boundary {
     if (!forward->has_kernels) {
       static const auto op = find("pinet::stratified_norm_backward");
       return call_op(op, wanted, grad, x, m, r, w, groups->ids, strata, wanted[0], wanted[1],
-                     wanted[2], std::string());
+                     wanted[2], std::string(), groups->sorted_offsets());
     }
     const auto for_rows = room(wanted[0], {x.size(0), deep}, x);
     const auto for_weight = room(wanted[1], {strata, deep}, x);

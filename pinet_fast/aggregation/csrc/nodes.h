@@ -22,6 +22,10 @@ struct Groups {
   std::optional<at::Tensor> order;
 
   int64_t num_rows() const { return offsets.back(); }
+  // Where the strata of sorted rows start.
+  std::optional<std::vector<int64_t>> sorted_offsets() const {
+    return order ? std::nullopt : std::optional(offsets);
+  }
   int64_t num_strata() const { return static_cast<int64_t>(offsets.size()) - 1; }
 };
 

@@ -27,6 +27,25 @@ def test_opcheck(backend, need):
         assert set(checks.values()) == {"SUCCESS"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_offsets_of_sorted_strata_change_nothing(backend, dtype):
+    case = make_case(70, 6, dtype=dtype)
+    case.ids = case.ids.sort().values
+    offsets = (0, *torch.bincount(case.ids, minlength=3).cumsum(0).tolist())
+    given = stratified_norm_backward(*case.arguments(), row_offsets=offsets, backend=backend.name)
+    found = stratified_norm_backward(*case.arguments(), backend=backend.name)
+    for mine, theirs in zip(given, found, strict=True):
+        assert torch.equal(mine, theirs)
+    arguments = (*case.arguments(), *EVERYTHING, backend.name, list(offsets))
+    assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("offsets", [(0, 4), (0, 2, 1, 4), (1, 2, 3, 4), (0, 1, 2, 3), ()])
+def test_offsets_of_other_rows_are_refused(offsets):
+    with pytest.raises(InputError, match="row_offsets: expected 4 ascending numbers from 0 to 4"):
+        stratified_norm_backward(*make_case(4, 6).arguments(), row_offsets=offsets)
+
+
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
 def test_compiles_into_one_graph_with_dynamic_sizes(engine):
     graphs = []
