@@ -21,7 +21,10 @@ FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 TESTS = sorted(str(path) for path in HERE.glob("*/test_backends.py"))
 # These reserve 8 GiB, an eighth of which the sanitizer would write.
 LEFT_OUT = "not addresses_beyond_int32"
-LANE_TESTS = str(HERE.parent / "aggregation" / "test_lane_native.py")
+LANE_TESTS = [
+    str(HERE.parent / "aggregation" / f"test_{name}.py")
+    for name in ("lane_native", "lane_direct", "lane_shared_leaves", "compiled_functions")
+]
 LANE = "_lane_" + "_".join(torch.__version__.split(".")[:2])
 
 
@@ -121,4 +124,4 @@ def test_kernels_touch_nothing_that_is_not_theirs(sanitized, runtime, run_isolat
 @pytest.mark.cpp
 def test_the_lane_touches_nothing_that_is_not_its_own(sanitized_lane, runtime, run_isolated):
     # Python's own allocator would hide from the sanitizer which objects are freed.
-    run_tests(run_isolated, sanitized_lane, runtime, [LANE_TESTS], PYTHONMALLOC="malloc")
+    run_tests(run_isolated, sanitized_lane, runtime, LANE_TESTS, PYTHONMALLOC="malloc")
