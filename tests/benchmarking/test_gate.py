@@ -177,5 +177,5 @@ def test_broken_expectations_say_how_to_make_them(tmp_path: Path, content: str) 
 
 
 def test_committed_expectations_name_the_step() -> None:
-    names = load(REPOSITORY / "benchmarks" / "expectations.json", "AMD EPYC, AVX512")
+    names = load(REPOSITORY / "benchmarks" / "expectations.json", "AMD EPYC, family 26, AVX512")
     assert any(name.startswith("test_step.py::test_aggregated_step[agreement") for name in names)
