@@ -20,13 +20,9 @@ namespace {
 
 constexpr int64_t kMaxStrata = 64;  // as in kernels/stratum_solve/_cpp.py
 
-// A tensor of a kernel's: on a CPU, strided, float32 or float64, and nobody's subclass.
+// And nobody's subclass.
 bool is_served(PyObject* value) {
-  if (!THPVariable_CheckExact(value)) return false;
-  const at::Tensor& tensor = THPVariable_Unpack(value);
-  return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.is_conj() &&
-         !tensor.is_neg() &&
-         (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
+  return THPVariable_CheckExact(value) && pinet::is_served(THPVariable_Unpack(value));
 }
 
 bool holds_nothing(PyObject* value) {

@@ -66,7 +66,7 @@ struct Lane {
   int64_t stamp;  // counts the moments at which Python may have counted uses
   PyObject *by_id, *leaves, *dense_leaves, *occurrences, *known;
   PyObject* mode;  // the interception
-  int64_t depth;   // of that stack, where boundaries are made: the mode itself is off, or the only one
+  int64_t depth;   // modes on torch's stack where boundaries are made: 0, it is off; or itself alone
   bool is_paused;
   bool is_shared;
 };
@@ -76,6 +76,9 @@ extern Lane* active;
 
 // Layers of pinet_fast.models ask it at once (direct.cpp); Python's functions go through modes first.
 extern PyMethodDef direct_methods[];
+
+// Whether the kernels take a tensor like this: on a CPU, strided, float32 or float64.
+bool is_served(const at::Tensor& tensor);
 
 // Lets go of what was made for values that a parameter has no more: a model moved to a GPU, say.
 void drop_replaced(Lane* lane);

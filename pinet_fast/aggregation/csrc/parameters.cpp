@@ -9,12 +9,14 @@
 #include "lane.h"
 
 namespace pinet {
-namespace {
 
 bool is_served(const at::Tensor& tensor) {
   return tensor.is_cpu() && tensor.layout() == at::kStrided && !tensor.is_conj() &&
+         !tensor.is_neg() &&
          (tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble);
 }
+
+namespace {
 
 // Whether a leaf is as it was made, without gradient and hooks, and no other forward has it. The
 // graph of an earlier one may lead to it still, from nodes of the lane's, which expect no backward any
