@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,13 +52,10 @@ def on_host(gram: Tensor) -> Tensor:
     num_strata = numbers.shape[-1]
     with np.errstate(all="ignore"):  # what is not finite is NaN in the end
         if numbers.size == num_strata**2:
-            try:
-                weights = _iterate_one(np, numbers.reshape(num_strata, num_strata))
-            except np.linalg.LinAlgError:
-                weights = _iterate(np, numbers, np.eye(num_strata), _solve_on_host)
-        else:
-            weights = _iterate(np, numbers, np.eye(num_strata), _solve_on_host)
-    return torch.from_numpy(weights.reshape(numbers.shape[:-1]))
+            with suppress(np.linalg.LinAlgError):  # a singular one goes the way of the others
+                weights = _iterate_one(numbers.reshape(num_strata, num_strata))
+                return torch.from_numpy(weights.reshape(numbers.shape[:-1]))
+        return torch.from_numpy(_iterate(np, numbers, np.eye(num_strata), _solve_on_host))
 
 
 def _solve_on_host(matrix: Any, right: Any) -> Any:
@@ -96,23 +94,25 @@ def _iterate(xp: Any, gram: Any, identity: Any, solve: Callable[[Any, Any], Any]
     return w / w.sum(-1)[..., None]
 
 
-def _iterate_one(xp: Any, gram: Any) -> Any:
+def _iterate_one(gram: Any) -> Any:
     """Do what ``_iterate`` does for one Gram [K, K]: NumPy's functions for any shape cost twice."""
+    import numpy as np
+
     num_strata = len(gram)
-    w = xp.full(num_strata, 1 / num_strata)
+    w = np.full(num_strata, 1 / num_strata)
     gradient = gram.mean(-1)
     z = gradient - gradient.min() + 1
-    right = xp.ones((num_strata, 2))
-    matrix = xp.empty_like(gram, order="C")
+    right = np.ones((num_strata, 2))
+    matrix = np.empty_like(gram, order="C")
     diagonal = matrix.reshape(-1)[:: num_strata + 1]
-    total, least = xp.add.reduce, xp.minimum.reduce
+    total, least = np.add.reduce, np.minimum.reduce
     for _ in range(_ITERATIONS):
         gap = max(w.dot(z) / num_strata * _CENTRING, _FLOOR)
         target, slope = gap / w, z / w
         matrix[:] = gram
         diagonal += slope
         right[:, 1] = target - gram.dot(w)
-        ones, free = xp.linalg.solve(matrix, right).T
+        ones, free = np.linalg.solve(matrix, right).T
         dw = free - total(free) / total(ones) * ones
         dz = target - z - slope * dw
         shrink = -min(least(dw / w), least(dz / z))

@@ -96,6 +96,12 @@ def test_the_simplex_is_searched_alike_on_host_and_device(kind, strata):
         assert_solves_alike("mgda", gram[case], found[case], expected[case])
     assert found[1].isnan().all()
     assert expected[1].isnan().all()
+    for case in (0, 3):  # alone, by NumPy's functions of vectors
+        assert_solves_alike("mgda", gram[case], _simplex.on_host(gram[case]), expected[case])
+    assert _simplex.on_host(gram[1]).isnan().all()
+    alone = _simplex.on_host(gram[:1])
+    assert alone.shape == (1, strata)
+    assert torch.equal(alone[0], _simplex.on_host(gram[0]))
 
 
 def test_rules_are_numbered_as_listed():
