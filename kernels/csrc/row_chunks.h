@@ -17,7 +17,7 @@
 namespace pinet {
 
 // Elements of a chunk: a hundredth of a millisecond of work, which outweighs handing it out.
-constexpr int64_t kChunkElements = 16384;
+constexpr int64_t kChunkElements = 8192;
 
 // Every chunk may have sums for every stratum: this bounds their memory.
 constexpr int64_t kMaxChunks = 128;

@@ -22,6 +22,16 @@
 #define PINET_HAS_X86_CHOICE 0
 #endif
 
+// Before a loop of a constant count over arrays that are to be registers. GCC alone unrolls it too
+// late: the arrays have memory by then, through which every tile's sums go.
+#if defined(__clang__)
+#define PINET_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define PINET_UNROLL _Pragma("GCC unroll 16")
+#else
+#define PINET_UNROLL
+#endif
+
 namespace pinet {
 
 // kBytes: width of one register; kRegisters: how many of them there are.

@@ -18,21 +18,30 @@ PINET_INLINE void multiply(const Gemm<T>& g, int64_t row, int64_t column, int64_
   const T* b = g.b + from * g.b_row + column;
   T* c = g.c + row * g.c_row + column;
   if (g.adds) {
-    for (int r = 0; r < kRows; ++r)
+    PINET_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      PINET_UNROLL
       for (int v = 0; v < kVectors; ++v)
         std::memcpy(&sums[r][v], c + r * g.c_row + v * L::kCount, sizeof(Vec));
+    }
   }
   for (int64_t i = from; i < to; ++i, a += g.a_col, b += g.b_row) {
     Vec x[kVectors];
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v) std::memcpy(&x[v], b + v * L::kCount, sizeof(Vec));
+    PINET_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const T scale = a[r * g.a_row];
+      PINET_UNROLL
       for (int v = 0; v < kVectors; ++v) sums[r][v] += scale * x[v];
     }
   }
-  for (int r = 0; r < kRows; ++r)
+  PINET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v)
       std::memcpy(c + r * g.c_row + v * L::kCount, &sums[r][v], sizeof(Vec));
+  }
 }
 
 // Columns [at, n) of a strip, in panels of kVectors registers, then of fewer, then narrower ones.

@@ -117,6 +117,7 @@ PINET_INLINE typename L::Vec exponential(const typename L::Vec& given) {
                              T(1) / 5040, T(1) / 40320, T(1) / 362880, T(1) / 3628800,
                              T(1) / 39916800, T(1) / 479001600, T(1) / T(6227020800.0)};
   Vec sum = all<L, T>(inverse[kDegree]);
+  PINET_UNROLL
   for (int i = kDegree - 1; i >= 0; --i) sum = sum * r + inverse[i];
   typename B::Vec power;
   std::memcpy(&power, &shifted, sizeof(power));

@@ -37,6 +37,7 @@ PINET_INLINE void sum_vectors(const char* const* entries, int64_t count, int64_t
     for (int64_t line = 0; line < static_cast<int64_t>(kVectors * sizeof(V)); line += kLineBytes)
       __builtin_prefetch(entries[n + kAhead] + offset + line);
 #endif
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       V x;
       std::memcpy(&x, entries[n] + offset + v * sizeof(V), sizeof(V));
@@ -44,6 +45,7 @@ PINET_INLINE void sum_vectors(const char* const* entries, int64_t count, int64_t
     }
   }
   if constexpr (kAdd) {
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       V held;
       std::memcpy(&held, reinterpret_cast<char*>(out) + v * sizeof(V), sizeof(V));

@@ -214,7 +214,7 @@ float* pointer(Wanted& x) { return x ? x->mutable_data_ptr<float>() : nullptr; }
 
 bool cpu_has_tuned_blas() {
 #if PINET_HAS_X86_CHOICE
-  return isa_level() < 2 || __builtin_cpu_is("intel");
+  return isa_level() < 1 || __builtin_cpu_is("intel");
 #else
   return true;
 #endif

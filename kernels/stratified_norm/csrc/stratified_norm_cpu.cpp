@@ -49,6 +49,7 @@ PINET_INLINE void add_columns_of_rows(Block<T>& block, int r, const T* weight, i
   for (; at < to; at += L::kCount) {
     typename L::Vec w;
     std::memcpy(&w, weight + at, sizeof(w));
+    PINET_UNROLL
     for (int i = 0; i < kRows; ++i) {
       typename L::Vec g, x;
       std::memcpy(&g, block.grad[r + i] + at, sizeof(g));
@@ -58,6 +59,7 @@ PINET_INLINE void add_columns_of_rows(Block<T>& block, int r, const T* weight, i
       products[i] += g * (x - block.mean[r + i]);
     }
   }
+  PINET_UNROLL
   for (int i = 0; i < kRows; ++i) {
     block.grad_avg[r + i] += sum_lanes<L, T>(sums[i]);
     block.product_avg[r + i] += sum_lanes<L, T>(products[i]);
@@ -95,9 +97,11 @@ template <class L, class T, int kVectors, bool kRows, bool kSums>
 PINET_INLINE void write_columns(const Norm<T>& norm, const Block<T>& block, int64_t at,
                                 double* sums) {
   typename L::Vec w[kVectors], for_weight[kVectors] = {}, for_bias[kVectors] = {};
+  PINET_UNROLL
   for (int v = 0; v < kVectors; ++v) std::memcpy(&w[v], norm.weight + at + v * L::kCount, sizeof(w[v]));
   for (int r = 0; r < block.n; ++r) {
     const T mean = block.mean[r], rstd = block.rstd[r];
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       typename L::Vec g, x;
       std::memcpy(&g, block.grad[r] + at + v * L::kCount, sizeof(g));
@@ -113,6 +117,7 @@ PINET_INLINE void write_columns(const Norm<T>& norm, const Block<T>& block, int6
       }
     }
   }
+  PINET_UNROLL
   for (int v = 0; kSums && v < kVectors; ++v) {
     add_lanes<L, T>(sums + at + v * L::kCount, for_weight[v]);
     add_lanes<L, T>(sums + norm.width + at + v * L::kCount, for_bias[v]);

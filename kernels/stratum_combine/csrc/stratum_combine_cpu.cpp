@@ -39,12 +39,14 @@ PINET_INLINE void add_vectors(const Sum& sum, int64_t from, T* out) {
   for (size_t s = 0; s < sum.sources.size(); ++s) {
     const T* source = static_cast<const T*>(sum.sources[s]) + from;
     const T weight = static_cast<T>(sum.weights[s]);
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       V x;
       std::memcpy(&x, source + v * kLanes, sizeof(x));
       acc[v] += x * weight;
     }
   }
+  PINET_UNROLL
   for (int v = 0; v < kVectors; ++v) {
     if (kAdd) {
       V old;

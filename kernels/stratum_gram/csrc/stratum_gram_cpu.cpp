@@ -31,10 +31,15 @@ template <class Isa, class T, int kRows, int kCols, bool kTriangle>
 PINET_INLINE void multiply_add(const T* const* left, const T* const* right, int64_t at,
                                typename Lanes<T, Isa::kBytes>::Vec (&acc)[kRows][kCols]) {
   typename Lanes<T, Isa::kBytes>::Vec x[kRows], y[kCols];
+  PINET_UNROLL
   for (int i = 0; i < kRows; ++i) std::memcpy(&x[i], left[i] + at, sizeof(x[i]));
+  PINET_UNROLL
   for (int j = 0; j < kCols; ++j) std::memcpy(&y[j], right[j] + at, sizeof(y[j]));
-  for (int i = 0; i < kRows; ++i)
+  PINET_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    PINET_UNROLL
     for (int j = kTriangle ? i : 0; j < kCols; ++j) acc[i][j] += x[i] * y[j];
+  }
 }
 
 // Adds <row a + i, row b + j> over `n` columns to the lanes of pair (a + i, b + j).
@@ -46,7 +51,9 @@ PINET_INLINE void add_tile(const Rows<T>& rows, int64_t a, int64_t b, int64_t fr
   typename L::Vec acc[kRows][kCols] = {};
   const T* left[kRows];
   const T* right[kCols];
+  PINET_UNROLL
   for (int i = 0; i < kRows; ++i) left[i] = rows.data + (a + i) * rows.stride + from;
+  PINET_UNROLL
   for (int j = 0; j < kCols; ++j) right[j] = rows.data + (b + j) * rows.stride + from;
 
   const int64_t whole = n - n % L::kCount;
@@ -64,9 +71,12 @@ PINET_INLINE void add_tile(const Rows<T>& rows, int64_t a, int64_t b, int64_t fr
           std::memcpy(padded[kRows + j], right[j] + whole, (n - whole) * sizeof(T)));
     multiply_add<Isa, T, kRows, kCols, kTriangle>(left_end, right_end, 0, acc);
   }
-  for (int i = 0; i < kRows; ++i)
+  PINET_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    PINET_UNROLL
     for (int j = kTriangle ? i : 0; j < kCols; ++j)
       L::add(sums + ((a + i) * rows.count + b + j) * kMaxLanes, acc[i][j]);
+  }
 }
 
 // Where there are 16 registers, 4 x 4 accumulators would spill: two columns at a time.

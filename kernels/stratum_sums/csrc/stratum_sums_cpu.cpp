@@ -31,6 +31,7 @@ PINET_INLINE void add_columns(const Matrix<T>& x, const int64_t* rows, int64_t n
   for (; i + 2 <= n; i += 2) {
     const T* first = x.data + rows[i] * x.stride + at;
     const T* second = x.data + rows[i + 1] * x.stride + at;
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       typename L::Vec a, b;
       std::memcpy(&a, first + v * L::kCount, sizeof(a));
@@ -41,12 +42,14 @@ PINET_INLINE void add_columns(const Matrix<T>& x, const int64_t* rows, int64_t n
   }
   for (; i < n; ++i) {
     const T* last = x.data + rows[i] * x.stride + at;
+    PINET_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       typename L::Vec a;
       std::memcpy(&a, last + v * L::kCount, sizeof(a));
       even[v] += a;
     }
   }
+  PINET_UNROLL
   for (int v = 0; v < kVectors; ++v) {
     even[v] += odd[v];
     add_lanes<L, T>(sums + at + v * L::kCount, even[v]);
