@@ -16,8 +16,10 @@
 
 namespace pinet {
 
-// Elements of a chunk: a hundredth of a millisecond of work, which outweighs handing it out.
-constexpr int64_t kChunkElements = 8192;
+// Elements of a chunk: a hundredth of a millisecond of work, which outweighs handing it out. Where
+// there are few chunks, half of it, lest a thread has one more than another.
+constexpr int64_t kChunkElements = 16384;
+constexpr int64_t kFewChunks = 8;
 
 // Every chunk may have sums for every stratum: this bounds their memory.
 constexpr int64_t kMaxChunks = 128;
@@ -26,7 +28,7 @@ class RowChunks {
  public:
   RowChunks(int64_t num_rows, int64_t width)
       : num_rows_(num_rows),
-        step_(std::max({kChunkElements / std::max<int64_t>(width, 1), int64_t(1),
+        step_(std::max({elements(num_rows * width) / std::max<int64_t>(width, 1), int64_t(1),
                         (num_rows + kMaxChunks - 1) / kMaxChunks})) {}
 
   int64_t count() const { return (num_rows_ + step_ - 1) / step_; }
@@ -47,6 +49,10 @@ class RowChunks {
   }
 
  private:
+  static int64_t elements(int64_t all) {
+    return all < kFewChunks * kChunkElements ? kChunkElements / 2 : kChunkElements;
+  }
+
   int64_t num_rows_;
   int64_t step_;
 };

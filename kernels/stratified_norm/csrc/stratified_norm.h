@@ -34,7 +34,7 @@ namespace pinet {
 constexpr int kNormBlock = 16;
 
 // Elements under which waking other threads costs more than it saves.
-constexpr int64_t kNormSerial = 1 << 16;
+constexpr int64_t kNormSerial = 1 << 15;
 
 void stratified_norm_backward_cpu(torch::stable::Tensor grad, torch::stable::Tensor rows,
                                   torch::stable::Tensor mean, torch::stable::Tensor rstd,

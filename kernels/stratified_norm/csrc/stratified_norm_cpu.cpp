@@ -13,7 +13,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kTogether = 4;  // rows whose averages are computed at once: eight sums in flight
+constexpr int kTogether = 2;  // rows whose averages are computed at once: memory follows so many
 
 template <class T>
 struct Norm {
