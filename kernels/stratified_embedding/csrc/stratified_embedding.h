@@ -33,8 +33,8 @@
 
 namespace pinet {
 
-// Elements read and written by a task: a tenth of a millisecond or so.
-constexpr int64_t kEmbeddingElements = 1 << 17;
+// Elements read and written by a task: some hundredths of a millisecond.
+constexpr int64_t kEmbeddingElements = 1 << 14;
 
 // Elements in all under which waking other threads costs more than it saves.
 constexpr int64_t kEmbeddingSerial = 1 << 18;
