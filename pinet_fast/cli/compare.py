@@ -10,9 +10,10 @@ import typer
 
 from pinet_fast.cli.console import Output, output
 from pinet_fast.errors import ConfigError
-from pinet_fast.report import Comparison, RunFiles, as_csv, as_dict, as_rich
+from pinet_fast.report import Comparison, RunFiles, as_csv, as_dict, as_rich, write_report
 from pinet_fast.report.activeness_plot import checked_suffix
 from pinet_fast.report.comparison_plot import plot_comparison
+from pinet_fast.training.run_folder import RunFolder
 
 
 def compare(
@@ -23,11 +24,19 @@ def compare(
         Path | None,
         typer.Option("--plot", help="Also draw NDCG@10 by stratum: FILE.png or FILE.svg."),
     ] = None,
+    reports: Annotated[
+        bool,
+        typer.Option(
+            "--reports", help="Write report.html of all but the first anew, with the differences."
+        ),
+    ] = False,
 ) -> None:
     """Print runs side by side, stratum by stratum, with deltas to the first.
 
     Examples:
         pinet-fast compare runs/joint runs/agreement
+
+        pinet-fast compare runs/joint runs/agreement --reports
 
         pinet-fast compare runs/joint runs/* --csv all.csv --plot all.svg
     """
@@ -44,6 +53,11 @@ def compare(
             raise ConfigError(f"--csv {csv}: cannot write there ({error.strerror})") from None
     if plot is not None:
         plot_comparison(plot, comparison)
+    if reports:
+        baseline = comparison.runs[0]
+        for run in comparison.runs[1:]:
+            if run.path.resolve() != baseline.path.resolve():
+                write_report(run, RunFolder(run.path).report, baseline)
     if as_json:
         shown.print_json(json.dumps(as_dict(comparison)))
     else:

@@ -47,8 +47,8 @@ def demo(
         data=str(data), rule="joint", heads=False, epochs=epochs, patience=3, order=order, seed=seed
     )
     run(config, joint, shown)
-    run(replace(config, rule=rule, heads=True), deconfounded, shown)
-    runs = [RunFiles.load(joint), RunFiles.load(deconfounded)]
-    show(Comparison.of(runs), shown)
+    baseline = RunFiles.load(joint)
+    run(replace(config, rule=rule, heads=True), deconfounded, shown, baseline=baseline)
+    show(Comparison.of([baseline, RunFiles.load(deconfounded)]), shown)
     for folder in (joint, deconfounded):
         shown.out.print(f"report: {RunFolder(folder).report}", highlight=False, soft_wrap=True)

@@ -68,7 +68,9 @@ def _run(arguments: list[str] | None) -> int:
     try:
         code = app(arguments, standalone_mode=False)
     except TyperException as error:
-        return _fail(f"{error.format_message()} (see pinet-fast --help)", EXIT_BAD_INPUT)
+        context = getattr(error, "ctx", None)  # of the command, where it was found
+        command = "pinet-fast" if context is None else context.command_path
+        return _fail(f"{error.format_message()} (see {command} --help)", EXIT_BAD_INPUT)
     except InputError as error:
         return _fail(_with_notes(error), EXIT_BAD_INPUT)
     except TrainingInterrupted as error:

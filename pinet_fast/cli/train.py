@@ -73,13 +73,14 @@ def train(
     tensorboard: options.Tensorboard = False,
     threads: options.Threads = 0,
     log_every: options.LogEvery = RunConfig.log_every,
+    baseline: options.Baseline = None,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train a deconfounded recommender on a log and report by stratum.
 
     Examples:
-        pinet-fast train --data log.parquet --rule agreement --out runs/agreement
+        pinet-fast train --data log.parquet --baseline runs/joint --out runs/agreement
 
         pinet-fast train --data log.csv --rule joint --loss ce --out runs/joint
 
@@ -105,8 +106,10 @@ def train(
         runs = seed_runs(config, out, seeds)
     else:
         runs = [(config, out)]
+    baselines = [None if baseline is None else _baseline(baseline, f) for _, f in runs]
     metrics = [
-        run(each, folder, shown, resume=resume, tensorboard=tensorboard) for each, folder in runs
+        run(each, folder, shown, resume=resume, tensorboard=tensorboard, baseline=other)
+        for (each, folder), other in zip(runs, baselines, strict=True)
     ]
     if as_json:
         shown.print_json(json.dumps(metrics if seeds is not None else metrics[0]))
@@ -122,14 +125,28 @@ def run(
     *,
     resume: bool = False,
     tensorboard: bool = False,
+    baseline: RunFiles | None = None,
 ) -> dict[str, Any]:
-    """Train with progress bars and write the report."""
+    """Train with progress bars and write the report, against a baseline where one is given."""
     with ProgressObserver(shown.err, quiet=shown.quiet) as observer, told(observer.note):
         metrics = run_training(
             config, out, resume=resume, observer=observer, tensorboard=tensorboard
         )
-        write_report(RunFiles.load(out), RunFolder(out).report)
+        trained, report = RunFiles.load(out), RunFolder(out).report
+        try:
+            write_report(trained, report, baseline)
+        except ConfigError as error:
+            if baseline is None:
+                raise
+            observer.note(f"--baseline: {error}; the report was written without it")
+            write_report(trained, report)
     return metrics
+
+
+def _baseline(path: Path, folder: Path) -> RunFiles:
+    """Return the run to set another against: of the same seed, where there is one a seed."""
+    of_seed = path / folder.name
+    return RunFiles.load(of_seed if of_seed.is_dir() else path)
 
 
 def summarise(metrics: dict[str, Any], folder: RunFolder, shown: Output) -> None:

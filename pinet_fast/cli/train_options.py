@@ -225,6 +225,15 @@ LogEvery = Annotated[int, _option("log_every", "Steps between records in log.jso
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print metrics.json on stdout.", rich_help_panel=_RUN)
 ]
+Baseline = Annotated[
+    Path | None,
+    typer.Option(
+        "--baseline",
+        help="Finished run, such as the joint one, against which report.html sets this one; with "
+        "--seeds also the folder of its seeds.",
+        rich_help_panel=_RUN,
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=_RUN)
 ]

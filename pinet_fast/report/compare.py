@@ -123,14 +123,40 @@ class _Paired:
     p_values: list[dict[str, float]]
 
 
-def _paired(baseline: RunFiles, run: RunFiles) -> _Paired | None:
-    """Return the paired differences of every group, or None where the users are not the same."""
+@dataclass(frozen=True)
+class PairedRanks:
+    """Ranks of the same users in the same order, under the final stages of two runs.
+
+    Attributes:
+        first: Under the baseline.
+        second: Under the run.
+        order: Where these users are among the baseline's.
+    """
+
+    first: IntArray
+    second: IntArray
+    order: IntArray
+
+
+def paired_ranks(baseline: RunFiles, run: RunFiles) -> PairedRanks | None:
+    """Return the ranks of two runs user by user, or None where the users are not the same."""
     order, base_order = np.argsort(run.ranks.users), np.argsort(baseline.ranks.users)
     if not np.array_equal(run.ranks.users[order], baseline.ranks.users[base_order]):
         return None
-    ranks: IntArray = run.ranks.by_stage[run.final][order]
-    base_ranks: IntArray = baseline.ranks.by_stage[baseline.final][base_order]
-    masks = [mask[base_order] for mask in baseline.ranks.masks(baseline.num_strata)]
+    return PairedRanks(
+        baseline.ranks.by_stage[baseline.final][base_order],
+        run.ranks.by_stage[run.final][order],
+        base_order,
+    )
+
+
+def _paired(baseline: RunFiles, run: RunFiles) -> _Paired | None:
+    """Return the paired differences of every group, or None where the users are not the same."""
+    pairs = paired_ranks(baseline, run)
+    if pairs is None:
+        return None
+    base_ranks, ranks = pairs.first, pairs.second
+    masks = [mask[pairs.order] for mask in baseline.ranks.masks(baseline.num_strata)]
     return _Paired(
         [paired_differences(base_ranks[mask], ranks[mask]) for mask in masks],
         [permutation_p_values(base_ranks[mask], ranks[mask]) for mask in masks],

@@ -156,8 +156,10 @@ def _other_metrics(comparison: Comparison, others: range) -> Table:
 
 def _run_table(comparison: Comparison) -> Table:
     table = _table(comparison, "Runs", "\n".join(comparison.notes))
-    for name in ("run", "rule", "model", "loss", "final stage"):
-        table.add_column(name, overflow="fold")
+    table.add_column("run", overflow="fold")
+    # As wide as their longest word, so that a terminal of 80 columns breaks none.
+    for name, width in (("rule", 9), ("model, loss", 7), ("final stage", 8)):
+        table.add_column(name, overflow="fold", min_width=width)
     for name in ("seed", "epochs", "minutes", "events/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, run in zip(comparison.labels, comparison.runs, strict=True):
@@ -167,8 +169,7 @@ def _run_table(comparison: Comparison) -> Table:
         table.add_row(
             Text(label),
             Text(run.rule),
-            Text(str(run.config["model"])),
-            Text(str(run.config["loss"])),
+            Text(f"{run.config['model']}, {run.config['loss']}"),
             run.final,
             str(run.config["seed"]),
             " + ".join(str(stage.epochs) for stage in run.stages.values()),

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from pinet_fast._atomic import replacing
 from pinet_fast.errors import ConfigError
+from pinet_fast.report.against import Against
 from pinet_fast.report.bootstrap import paired_differences
 from pinet_fast.report.schema import METRICS, Interval
 
@@ -46,7 +47,7 @@ _RULES = {
 }
 
 
-def write_report(run: RunFiles, path: Path) -> Path:
+def write_report(run: RunFiles, path: Path, baseline: RunFiles | None = None) -> Path:
     """Write the report of a finished run.
 
     The same run gives the same bytes. The file is replaced whole or not at all.
@@ -54,14 +55,16 @@ def write_report(run: RunFiles, path: Path) -> Path:
     Args:
         run: The run.
         path: The HTML file to write; its folder must exist.
+        baseline: A run to set it against, by stratum and by activeness; None = none.
 
     Returns:
         ``path``.
 
     Raises:
-        ConfigError: The file cannot be written.
+        ConfigError: The file cannot be written, or the baseline is of another log, other strata or
+            another protocol.
     """
-    page = render(run).encode()
+    page = render(run, baseline).encode()
     try:
         with replacing(path) as file:
             file.write(page)
@@ -73,8 +76,8 @@ def write_report(run: RunFiles, path: Path) -> Path:
     return path
 
 
-def render(run: RunFiles) -> str:
-    """Return the report's HTML."""
+def render(run: RunFiles, baseline: RunFiles | None = None) -> str:
+    """Return the report's HTML; arguments as of :func:`write_report`."""
     from pinet_fast.report.plots import all_plots  # matplotlib: only who draws waits for it
 
     package = files("pinet_fast.report")
@@ -82,12 +85,14 @@ def render(run: RunFiles) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        score=_score, interval=_interval, delta=_delta, tone=_tone, count=_count, percent=_percent
-    )
+        score=_score, interval=_interval, delta=_delta, tone=_tone, count=_count, percent=_percent,
+        p_value=_p_value,
+    )  # fmt: skip
     environment.globals.update(svg=Markup)
     template = environment.from_string(package.joinpath("template.html.j2").read_text("utf-8"))
     style = package.joinpath("style.css").read_text("utf-8")
-    drawn, groups = all_plots(run), _groups(run)
+    against = None if baseline is None else Against.of(run, baseline)
+    drawn, groups = all_plots(run, baseline), _groups(run)
     return template.render(
         run=run,
         style=Markup(style),
@@ -96,7 +101,9 @@ def render(run: RunFiles) -> str:
         plots=drawn.others,
         metrics=METRICS,
         groups=groups,
-        cards=_cards(run, groups),
+        cards=_cards(run, groups, against),
+        against=against,
+        against_plot=drawn.against,
         facts=_facts(run),
         order_note=_order_note(run),
         totals={
@@ -159,13 +166,16 @@ def _groups(run: RunFiles) -> list[dict[str, Any]]:
     return groups
 
 
-def _cards(run: RunFiles, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _cards(
+    run: RunFiles, groups: list[dict[str, Any]], against: Against | None
+) -> list[dict[str, Any]]:
     """Return the summary: all users, the least and the most active stratum."""
-    chosen = [(groups[0], "All users")]
+    chosen = [(0, "All users")]
     if run.num_strata > 1:
-        chosen += [(groups[1], "Tail"), (groups[-1], "Head")]
+        chosen += [(1, "Tail"), (run.num_strata, "Head")]
     cards = []
-    for group, title in chosen:
+    for index, title in chosen:
+        group = groups[index]
         stratum = group["stratum"]
         if stratum is not None and stratum.name.lower() != title.lower():
             title = f"{title}: {stratum.name}"
@@ -179,6 +189,8 @@ def _cards(run: RunFiles, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "value": group["stages"][run.final]["ndcg@10"],
                 "backbone": backbone,
                 "delta": group["deltas"]["ndcg@10"] if run.final == "heads" else None,
+                "before": None if against is None else against.before[index].value,
+                "after": None if against is None else against.after[index],
             }
         )
     return cards
@@ -225,6 +237,10 @@ def _tone(value: Interval) -> str:
     if not value.excludes_zero or value.low is None:
         return "same"
     return "up" if value.low > 0 else "down"
+
+
+def _p_value(value: float) -> str:
+    return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
 def _count(value: float | None) -> str:

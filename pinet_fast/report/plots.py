@@ -11,7 +11,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from pinet_fast.report import _svg, step_plots
 from pinet_fast.report._lines import Plot
-from pinet_fast.report.bootstrap import mean_interval
+from pinet_fast.report.bootstrap import mean_interval, paired_differences
+from pinet_fast.report.compare import paired_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,15 +33,17 @@ class Plots:
         by_stratum: NDCG@10 by stratum.
         of_strata: The training of each stratum.
         others: What sets the strata side by side, and throughput.
+        against: Differences to a baseline by activeness; None without one on the same users.
     """
 
     by_stratum: Plot
     of_strata: tuple[Plot, ...]
     others: tuple[Plot, ...]
+    against: Plot | None = None
 
 
-def all_plots(run: RunFiles) -> Plots:
-    """Draw what the run logged."""
+def all_plots(run: RunFiles, baseline: RunFiles | None = None) -> Plots:
+    """Draw what the run logged, and its differences to a baseline on the same users."""
     steps = [step for step in run.steps if step.stage == "backbone"]
     with _svg.drawing():
         others = [_by_activeness(run)]
@@ -54,6 +57,7 @@ def all_plots(run: RunFiles) -> Plots:
             by_stratum=_by_stratum(run),
             of_strata=tuple(step_plots.stratum_training(run, s) for s in range(run.num_strata)),
             others=tuple(others),
+            against=None if baseline is None else _against(run, baseline),
         )
 
 
@@ -92,10 +96,7 @@ def _by_activeness(run: RunFiles) -> Plot:
         _intervals(ax, x, [mean_interval(ranks[mask]) for mask in bins], stage, linewidth=0.9)
     if bins:
         _log_axis(ax)
-        borders = [facts.min_activeness for facts in run.strata[1:]]
-        for border in borders:
-            if border:
-                ax.axvline(border, color=_svg.MUTED, linestyle=":", linewidth=1)
+        _strata_borders(ax, run)
         _svg.from_zero(ax)
     else:
         _svg.empty(ax, "no test users")
@@ -109,6 +110,37 @@ def _by_activeness(run: RunFiles) -> Plot:
     )
     title = "NDCG@10 by activeness"
     return Plot("by-activeness", title, _svg.to_svg(fig, "by-activeness", title), caption)
+
+
+def _against(run: RunFiles, baseline: RunFiles) -> Plot | None:
+    pairs = paired_ranks(baseline, run)
+    if pairs is None or not len(pairs.order):
+        return None
+    fig, (ax,) = _svg.figure()
+    activeness = baseline.ranks.activeness[pairs.order]
+    bins = _activeness_bins(activeness)
+    values = [paired_differences(pairs.first[mask], pairs.second[mask])["ndcg@10"] for mask in bins]
+    x = np.maximum([np.median(activeness[mask]) for mask in bins], 0.5)
+    _intervals(ax, x, values, run.final, linewidth=0.9)
+    _log_axis(ax)
+    _strata_borders(ax, run)
+    ax.axhline(0, color=_svg.INK, linewidth=0.9)
+    ax.set_xlabel("activeness (training events of a user)")
+    ax.set_ylabel("difference in NDCG@10")
+    caption = (
+        f"Test NDCG@10 of this run minus that of the baseline, user by user, in {len(bins)} "
+        "quantile bins of activeness (drawn at their median number of training events), with 95% "
+        "bootstrap intervals over users; above 0 this run is better. Dotted lines are the borders "
+        "of the strata."
+    )
+    title = "Difference by activeness"
+    return Plot("against", title, _svg.to_svg(fig, "against", title), caption)
+
+
+def _strata_borders(ax: Axes, run: RunFiles) -> None:
+    for facts in run.strata[1:]:
+        if facts.min_activeness:
+            ax.axvline(facts.min_activeness, color=_svg.MUTED, linestyle=":", linewidth=1)
 
 
 def _log_axis(ax: Axes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,47 @@ def test_compare_draws_and_refuses_other_protocols(
     assert "ending in .png or .svg" in capsys.readouterr().err
     assert run("compare", runs / "joint", runs / "din") == 2
     assert "ranked against 30 uniform negatives" in capsys.readouterr().err
+
+
+def test_reports_against_a_baseline(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    joint, log = runs / "joint", runs / "log.parquet"
+    folders = [shutil.copytree(runs / name, tmp_path / name) for name in ("joint", "own")]
+    before = [(folder / "report.html").read_text() for folder in folders]
+    assert run("compare", *folders, folders[0], "--reports") == 0
+    after = [(folder / "report.html").read_text() for folder in folders]
+    assert after[0] == before[0]
+    assert "Against joint training" not in before[1]
+    assert "Against joint training" in after[1]
+
+    options = ["--data", log, *QUICK, "--no-heads", "--quiet"]
+    own, others = tmp_path / "with", tmp_path / "others"
+    assert run("train", *options, "--out", own, "--baseline", joint) == 0
+    assert "Against joint training" in (own / "report.html").read_text()
+
+    assert run("train", *options, "--out", others, "--seeds", "3,4", "--baseline", own) == 0
+    assert "Against with" in (others / "seed-4" / "report.html").read_text()
+    seeds = tmp_path / "seeds"
+    assert run("train", *options, "--out", seeds, "--seeds", "3", "--baseline", others) == 0
+    assert "Against others/seed-3" in (seeds / "seed-3" / "report.html").read_text()
+
+    capsys.readouterr()
+    assert run("train", *options, "--out", tmp_path / "none", "--baseline", tmp_path) == 2
+    assert "expected a run folder" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_baseline_that_does_not_fit_costs_its_section_alone(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    options = ["--data", runs / "log.parquet", *QUICK, "--no-heads", "--strata", "quantile:3"]
+    assert run("train", *options, "--out", out, "--baseline", runs / "joint") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--baseline: compare:" in told
+    assert "the report was written without it" in told
+    assert "Against" not in (out / "report.html").read_text()
 
 
 def test_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

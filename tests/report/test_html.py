@@ -5,10 +5,11 @@ import re
 from html.parser import HTMLParser
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 
 from pinet_fast.errors import ConfigError
-from pinet_fast.report import RunFiles, write_report
+from pinet_fast.report import Comparison, RunFiles, write_report
 from pinet_fast.report.html import render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -48,6 +49,21 @@ class Page(HTMLParser):
     @property
     def text(self):
         return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def against(make_run):
+    """Return a function that makes a joint run and another, and returns the latter's page."""
+
+    def make(joint=lambda folder: None, **fields):
+        baseline = make_run(name="joint", rule="joint", heads=False, users=3000)
+        joint(baseline)
+        folder = make_run(name="own", users=3000, **fields)
+        runs = RunFiles.load(folder), RunFiles.load(baseline)
+        path = write_report(runs[0], folder / "report.html", runs[1])
+        return path.read_text(encoding="utf-8"), Comparison.of(runs[::-1])
+
+    return make
 
 
 @pytest.fixture
@@ -112,6 +128,54 @@ def test_differences_come_with_their_intervals(report):
     text = report(users=3000)
     assert 'class="up"' in text
     assert "plugin heads minus backbone" in Page(text).text
+
+
+def test_a_baseline_adds_its_differences(against, report):
+    text, comparison = against(quality=0.3)
+    page = Page(text)
+    assert "Against joint training" in page.text
+    assert "this run minus run joint (rule joint, backbone)" in page.text
+    assert "://" not in text
+    assert len(page.ids) == len(set(page.ids))
+    assert "against" in page.ids
+    cells = comparison.cells["ndcg@10"]
+    for name, users, (_, cell) in zip(comparison.groups, comparison.users, cells, strict=True):
+        difference = f"{cell.difference.mean:+.4f} ({cell.relative:+.1%})"
+        interval = f"{cell.difference.low:.4f} to {cell.difference.high:.4f}"
+        assert f"{name} {users:,} users" in page.text
+        assert f"against joint: {difference}" in page.text  # tail and head have a card each
+        assert f"{difference} {interval}" in page.text
+    assert "own differs from the baseline in: rule agreement (baseline: joint)" in page.text
+    alone = Page(report(users=3000, quality=0.3))
+    assert "Against" not in alone.text
+    assert "against" not in alone.ids
+
+
+def test_a_baseline_of_another_rule_goes_by_its_name(make_run):
+    runs = [RunFiles.load(make_run(name=name, rule="mgda")) for name in ("first", "second")]
+    page = Page(render(runs[1], runs[0]))
+    assert "Against first" in page.text
+    assert "against first: +0.0000" in page.text
+    assert "p 1.0000" in page.text
+
+
+def test_a_baseline_tested_on_other_users_has_no_intervals(against):
+    def other_users(folder):
+        arrays = dict(np.load(folder / "test_ranks.npz"))
+        np.savez(folder / "test_ranks.npz", **{**arrays, "users": arrays["users"] + 1})
+
+    page = Page(against(other_users)[0])
+    assert "so its differences have no intervals" in page.text
+    assert "against" not in page.ids
+    assert "None" not in page.text.split()
+
+
+def test_a_baseline_of_another_log_is_refused_and_nothing_written(make_run):
+    run = RunFiles.load(make_run(name="own"))
+    other = RunFiles.load(make_run(name="other", fingerprint="cd" * 32))
+    with pytest.raises(ConfigError, match="was trained on another log"):
+        write_report(run, run.path / "report.html", other)
+    assert not (run.path / "report.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@
 // into pieces whose height depends on N alone; their sums are added in order, so that no bit depends
 // on threads. Rows out of order, or with columns apart, are copied a block at a time.
 //
-// cpu_has_tuned_blas: whether the vendor's BLAS behind torch has kernels made for this processor, so
-// that its products are the better ones.
+// cpu_has_tuned_blas: whether the vendor's BLAS behind torch is made for this processor, so that its
+// products are the better ones.
 
 #pragma once
 
