@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -176,6 +180,19 @@ def test_fused_kernel_serves_what_it_is_made_for(monkeypatch):
     assert not _cpp.is_fused(torch.float32, 2, 12_101 * 64)  # no cache holds this weight
     monkeypatch.setattr(_cpp, "has_tuned_blas", lambda: True)
     assert not _cpp.is_fused(torch.float32, 2, 192 * 64)
+
+
+@pytest.mark.cpp
+def test_the_vendors_products_serve_where_they_are_made_for_the_processor():
+    if reason := library_refusal():
+        pytest.skip(reason)
+    path = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not path.is_file():
+        pytest.skip("the processor's maker and instructions are read from /proc/cpuinfo of x86-64")
+    facts = dict(re.findall(r"^(vendor_id|flags)\s*: (.*)$", path.read_text(), re.MULTILINE))
+    is_vectorised = {"avx2", "fma"} <= set(facts["flags"].split())
+    is_intel = facts["vendor_id"] == "GenuineIntel"
+    assert _cpp.has_tuned_blas() is (is_intel or not is_vectorised)
 
 
 @pytest.mark.cpp
