@@ -1,4 +1,4 @@
-"""The only reader of environment variables."""
+"""The only reader of environment variables, and their only writer."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def under_nsys() -> bool:
 def triton_interpreted() -> bool:
     """Return whether Triton's own ``TRITON_INTERPRET`` runs its kernels in the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def hush_profiler() -> None:
+    """Keep torch's profiler from writing to stderr that it starts and stops.
+
+    ``KINETO_LOG_LEVEL`` is its own variable: what a user has set stays.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def cache_dir() -> Path:

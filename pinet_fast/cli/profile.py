@@ -78,6 +78,7 @@ def profile(
             ms = run_bracketed(stage, batches, steps)
             shown.note(f"{steps} steps of {ms:.1f} ms were marked for Nsight")
             return
+        _env.hush_profiler()
         found = profile_steps(stage, batches, steps, trace)
     if as_json:
         content = found.to_dict() | {"trace": trace and str(trace), "nsys": nsys_command()}

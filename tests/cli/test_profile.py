@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import shlex
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +78,17 @@ def test_json_and_a_trace_that_holds_the_ranges(
     shown = [e for e in events if e.get("name") == "pinet_fast/model/forward"]
     assert len(shown) == 2
     assert all(e["ph"] == "X" and e["dur"] > 0 for e in shown)
+
+
+def test_nothing_but_its_own_words_is_on_stderr(log: Path) -> None:
+    script = "from pinet_fast.cli.main import main; main()"
+    command = [sys.executable, "-c", script, "profile", "--data", str(log), "--quiet", *QUICK]
+    environ = {k: v for k, v in os.environ.items() if k != "KINETO_LOG_LEVEL"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
 
 
 def test_without_data_the_log_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
