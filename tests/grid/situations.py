@@ -270,6 +270,17 @@ _SEQUENCE = tuple(name for name, layer in LAYERS.items() if layer.sequence)
 _ITEM_SIDE = "the item side holds one item a user, no sequence and no positions"
 _CATALOGUE = "scores the whole catalogue: no in-batch negatives"
 
+
+def _runs_bf16_lstm() -> bool:
+    """Return whether torch alone runs an LSTM under autocast: oneDNN needs AVX-512 for it."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            nn.LSTM(D, D)(torch.zeros(L, B, D))
+    except RuntimeError:
+        return False
+    return True
+
+
 NOT_APPLICABLE: dict[tuple[str, str], str] = {
     **{("ragged rows", name): "needs padded sequences" for name in _SEQUENCE},
     **{
@@ -279,4 +290,9 @@ NOT_APPLICABLE: dict[tuple[str, str], str] = {
         for name in names
     },
     **{("BatchNorm", name): "logits are not batch-normed" for name in _TIED},
+    **(
+        {}
+        if _runs_bf16_lstm()
+        else {("bf16 autocast", "LSTM"): "torch has none for this processor"}
+    ),
 }
