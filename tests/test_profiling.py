@@ -126,8 +126,11 @@ def test_off_a_range_costs_less_than_a_tenth_of_a_microsecond_and_dispatches_not
             with each:
                 pass
     assert dispatched.count == 0
-    # On a slow machine a lock, the least of Python's own contexts, takes longer than that too.
-    assert _seconds(profiling.STEP) < max(0.1e-6, _seconds(threading.Lock()))
+    cost, limit = _seconds(profiling.STEP), 0.1e-6
+    if cost >= limit and (lock := _seconds(threading.Lock())) > limit:
+        assert cost < lock
+        pytest.skip(f"too slow a machine: the range takes {cost:.2g} s, a bare lock {lock:.2g} s")
+    assert cost < limit
 
 
 def _seconds(context: AbstractContextManager[Any]) -> float:
