@@ -102,20 +102,26 @@ def test_a_compiled_model_under_a_constant_rule_is_not_compiled_again() -> None:
 
 IMPORTS = """
 import json, sys, time
+
+started = time.process_time()
 import torch
 
-before, started = set(sys.modules), time.process_time()
+torchs, before = time.process_time(), set(sys.modules)
 import pinet_fast
 
-bare, loaded = time.process_time() - started, set(sys.modules) - before
+bare, loaded = time.process_time(), set(sys.modules) - before
 from pinet_fast import GradientAggregator
 
-print(json.dumps([bare, time.process_time() - started, sorted(loaded)]))
+of_torch = [(then - torchs) / (torchs - started) for then in (bare, time.process_time())]
+print(json.dumps([*of_torch, sorted(loaded)]))
 """
 
 
 def test_imports_are_quick_and_bring_no_heavy_library() -> None:
-    """CPU time above what torch takes, least of two processes: 50 ms, 250 with the aggregator."""
+    """CPU time over torch's own import, which slow machines stretch alike; least of two processes.
+
+    Measured are 0.0007 and 0.10: torch takes 1.1 s where the aggregator takes 0.11 s.
+    """
     runs = [
         json.loads(
             subprocess.run(
@@ -124,8 +130,8 @@ def test_imports_are_quick_and_bring_no_heavy_library() -> None:
         )
         for _ in range(2)
     ]
-    assert min(bare for bare, _, _ in runs) < 0.05
-    assert min(aggregator for _, aggregator, _ in runs) < 0.25
+    assert min(bare for bare, _, _ in runs) < 0.02
+    assert min(aggregator for _, aggregator, _ in runs) < 0.2
     loaded = {name.split(".")[0] for name in runs[0][2]}
     assert "pinet_fast" in loaded
     assert loaded.isdisjoint(
