@@ -63,7 +63,7 @@ types: install  ## mypy, strict
 	$(BIN)/mypy
 
 bench: install  ## All benchmarks on this CPU, into benchmarks/results/cpu.json and cpu.md
-	$(BIN)/python -m pytest benchmarks --paired-json benchmarks/results/cpu.json --paired-command "make bench"
+	$(BIN)/python -m benchmarks.suite --json benchmarks/results/cpu.json --command "make bench"
 	$(BIN)/python -m benchmarks.make_tables
 
 bench-gate: install  ## Fail where a ratio is above benchmarks/expectations.json; 90 seconds

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.harness import machine
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
     from pathlib import Path
 
 SCHEMA = 1
@@ -81,6 +81,35 @@ class Recorder:
             "skipped": self.skipped,
             "failed": self.failed,
         }
+
+
+def joined(records: Sequence[dict[str, Any]], command: str) -> dict[str, Any]:
+    """Return one record of runs that followed each other, on one machine and commit.
+
+    Raises:
+        ValueError: There are none, or the commit changed between them.
+    """
+    if not records:
+        raise ValueError("joined: expected the record of one run at least, got none")
+    first = records[0]
+    for record in records:
+        if record["commit"]["id"] != first["commit"]["id"]:
+            raise ValueError(
+                f"joined: the runs are of commits {first['commit']['id']} and "
+                f"{record['commit']['id']}; run them again on one of them"
+            )
+    return (
+        first
+        | {
+            "command": command,
+            "seconds": round(sum(record["seconds"] for record in records), 1),
+            "commit": first["commit"] | {"dirty": any(r["commit"]["dirty"] for r in records)},
+        }
+        | {
+            key: [each for record in records for each in record[key]]
+            for key in ("results", "skipped", "failed")
+        }
+    )
 
 
 def _params(item: pytest.Item) -> dict[str, Any]:

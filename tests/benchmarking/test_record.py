@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from benchmarks.harness.record import joined
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ONE_BENCHMARK = ["benchmarks/test_rules.py", "-k", "balanced and 4"]
@@ -85,3 +90,62 @@ def test_the_folder_alone_measures_and_beside_the_tests_it_does_not(tmp_path: Pa
     done = pytest_of("tests/test_layering.py", *ONE_BENCHMARK, "--benchmark-json", checked)
     assert "1 passed" in done.stdout, done.stdout
     assert not checked.exists() or not checked.read_text()
+
+
+def test_a_suite_runs_every_file_in_a_process_and_keeps_what_failed(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {REPOSITORY}\n")
+    for name in ("test_first.py", "test_second.py", "test_none.py"):
+        one = "def test_own(benchmark):\n    import os\n"
+        one += "    benchmark.extra_info['process'] = os.getpid()\n"
+        one += "    benchmark.pedantic(lambda: None, rounds=1)\n"
+        (tmp_path / name).write_text(one if name != "test_none.py" else "")
+    (tmp_path / "test_broken.py").write_text("def test_broken():\n    assert 1 == 2\n")
+    out = tmp_path / "new" / "record.json"
+    names = ("test_first.py", "test_none.py", "test_second.py")
+    command = [sys.executable, "-m", "benchmarks.suite", "--json", out, "--command", "make it"]
+
+    def suite(*files: str) -> int:
+        done = subprocess.run(
+            [*map(str, command), *(str(tmp_path / file) for file in files)],
+            capture_output=True, text=True, cwd=REPOSITORY, check=False,
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        )  # fmt: skip
+        return done.returncode
+
+    assert suite(*names) == 0
+    record = json.loads(out.read_text())
+    assert record["command"] == "make it"
+    assert record["machine"]["device"]
+    assert record["failed"] == []
+    assert [result["name"] for result in record["results"]] == [
+        "test_first.py::test_own", "test_second.py::test_own",
+    ]  # fmt: skip
+    assert len({result["process"] for result in record["results"]}) == 2
+
+    assert suite("test_broken.py", *names) == 1
+    record = json.loads(out.read_text())
+    assert record["failed"] == ["test_broken.py::test_broken"]
+    assert len(record["results"]) == 2
+
+    kept = out.read_bytes()
+    assert suite("test_first.py", "test_absent.py") != 0
+    assert out.read_bytes() == kept
+
+
+def test_records_of_two_commits_are_not_joined() -> None:
+    def record(commit: str, *, dirty: bool = False) -> dict[str, object]:
+        return {
+            "schema": 1, "command": "pytest", "seconds": 1.5,
+            "commit": {"id": commit, "dirty": dirty},
+            "results": [{"name": commit}], "skipped": [], "failed": [],
+        }  # fmt: skip
+
+    both = joined([record("a"), record("a", dirty=True)], "make it")
+    assert both["seconds"] == 3
+    assert both["commit"] == {"id": "a", "dirty": True}
+    assert len(both["results"]) == 2
+    with pytest.raises(ValueError, match="commits a and b"):
+        joined([record("a"), record("b")], "make it")
+    with pytest.raises(ValueError, match="got none"):
+        joined([], "make it")
