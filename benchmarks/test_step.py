@@ -104,7 +104,8 @@ def test_aggregated_step(
     batch = full_batch(num_strata)
     check_gradient(batch, loss, rule)
     aggregated, plain, opt = steps(batch, loss, rule)
-    result = paired(aggregated, plain)
+    # Reweighting is held to 1%, which 40 rounds do not tell from noise.
+    result = paired(aggregated, plain, rounds=200 if (rule, loss) == ("backdoor", "bce") else 40)
     assert result.ratio > 0
     if rule != "backdoor":
         assert opt.report.leak == "proven"
