@@ -114,15 +114,17 @@ class Combination:
         """Write ``p.grad`` by one plain backward of the losses times a constant rule's weights."""
         weights = self.constant_weights(losses.rows)
         means = losses.reduce(weights)
-        with profiling.BACKWARD:
-            losses.backward()
-        return AggregationReport(
+        # Before the backward, which leaves neither this code nor the losses in the caches.
+        report = AggregationReport(
             mode="reweighted",
             counts=losses.rows.counts,
             unit=losses.rows.unit,
             losses=reported_losses(means, losses.rows),
             weights=torch.tensor(weights, dtype=torch.float64),
         )
+        with profiling.BACKWARD:
+            losses.backward()
+        return report
 
     def _weights(
         self, grams: Tensor, whole: Tensor, present: Sequence[bool], rows: LossRows

@@ -63,7 +63,7 @@ def stratum_losses(losses: Tensor, weights: Tensor | None, rows: BatchRows) -> S
             f"{list(losses.shape)}; got shape {list(weights.shape)}"
         )
     groups, unit = _loss_rows(tuple(losses.shape), rows, "backward: losses")
-    flat = losses.flatten()
+    flat = losses if losses.dim() == 1 else losses.flatten()
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()
     if weights is None:
