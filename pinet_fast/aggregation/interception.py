@@ -23,7 +23,7 @@ from pinet_fast.aggregation.leaves import VirtualLeaves
 from pinet_fast.aggregation.lookup_rules import functional_embedding
 from pinet_fast.aggregation.roots import func_name, tensors_among
 from pinet_fast.aggregation.sharing import set_shared
-from pinet_fast.aggregation.slice_rule import SliceProof, slice_rule
+from pinet_fast.aggregation.slice_rule import slice_rule
 from pinet_fast.aggregation.uses import BoundaryUses
 from pinet_fast.errors import BoundaryError, PinetError
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.leak_check import LeakCheck
     from pinet_fast.aggregation.leaves import Root
     from pinet_fast.aggregation.rows import BatchRows
+    from pinet_fast.aggregation.slice_proof import SliceProof
 
 BoundaryRule = Callable[["Interception", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.leak_check import LeakCheck
     from pinet_fast.aggregation.leaves import Root
     from pinet_fast.aggregation.losses import LossRows, ScalarLoss
-    from pinet_fast.aggregation.slice_rule import SliceProof
+    from pinet_fast.aggregation.slice_proof import SliceProof
     from pinet_fast.aggregation.strata_index import StrataIndex
     from pinet_fast.aggregation.stratum_losses import StratumLosses
     from pinet_fast.aggregation.trace_plan import TracePlan

@@ -2,22 +2,20 @@
 
 A function without a boundary rule is called on the rows of each stratum with that stratum's slice
 of the virtual leaves, and the outputs are put together again: one pass in FLOPs, S launches. That
-is right only if rows do not influence each other. On the first use of a call site the outputs are
-compared with one call on the whole batch, which catches what the leak check cannot see: a sliced
-BatchNorm has other statistics and leaks nothing.
+is right only if rows do not influence each other, which slice_proof.py sees to.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pinet_fast.errors import BoundaryError, RowLayoutError
+from pinet_fast.aggregation.slice_proof import compare, prove, whole_call
+from pinet_fast.errors import BoundaryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,22 +26,6 @@ if TYPE_CHECKING:
     from pinet_fast.aggregation.strata_index import RowGroups
 
 logger = logging.getLogger("pinet_fast.aggregation")
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative to the largest output: slices of a batch round differently in matrix products."""
-
-
-@dataclass(frozen=True)
-class SliceProof:
-    """What the first use of a call site established.
-
-    Attributes:
-        dims: Row dimension of every tensor among the outputs, None where it has no rows.
-        is_random: The function draws random numbers, so its forward could not be compared.
-    """
-
-    dims: tuple[int | None, ...]
-    is_random: bool
 
 
 def slice_rule(
@@ -61,78 +43,129 @@ def slice_rule(
         raise BoundaryError(
             f"{name}: works in place on rows or a parameter; use the form without underscore"
         )
-    values, spec = pytree.tree_flatten((args, kwargs))
-    roots = [mode.root_of(v) if isinstance(v, Tensor) else None for v in values]
-    layouts = [
-        _layout_of(mode, name, v, root, roots) for v, root in zip(values, roots, strict=True)
-    ]
-    used = [
-        layout
-        for layout, root in zip(layouts, roots, strict=True)
-        if layout is not None and root is None
-    ]
-    if not used:
+    call = _SlicedCall(mode, func, name, args, kwargs)
+    if call.groups is None:
         return mode.derive(func, args, kwargs)
-    groups = used[0].groups
-    leaves = [
-        None if root is None else mode.dense_leaf(root, name, used[0], is_sliced=True).unbind(0)  # type: ignore[union-attr]
-        for root in roots
-    ]
+    return call.join(call.by_stratum())
 
-    def call(stratum: int) -> Any:
+
+class _SlicedCall:
+    """One call of a function under the rule.
+
+    Attributes:
+        groups: The rows of its arguments by stratum; None where none holds rows.
+    """
+
+    def __init__(
+        self,
+        mode: Interception,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._mode, self._func, self._name = mode, func, name
+        self._values, self._spec = pytree.tree_flatten((args, kwargs))
+        self._roots = roots = [
+            mode.root_of(value) if isinstance(value, Tensor) else None for value in self._values
+        ]
+        self._layouts = [
+            _layout_of(mode, name, value, root, roots)
+            for value, root in zip(self._values, roots, strict=True)
+        ]
+        of_rows = [
+            layout
+            for layout, root in zip(self._layouts, roots, strict=True)
+            if layout is not None and root is None
+        ]
+        self.groups: RowGroups | None = None
+        if of_rows:
+            self.groups = of_rows[0].groups
+            self._leaves = [
+                None if root is None
+                else mode.dense_leaf(root, name, of_rows[0], is_sliced=True).unbind(0)  # type: ignore[union-attr]
+                for root in roots
+            ]  # fmt: skip
+
+    def by_stratum(self) -> list[Any]:
+        """Return the outputs of the strata that are present.
+
+        Raises:
+            BoundaryError: The function fails on the rows of one stratum alone.
+        """
+        # Buffers that the function moves, as running statistics, go back if it is refused.
+        self._constants = [
+            (value, value.clone())
+            for value, root, layout in zip(self._values, self._roots, self._layouts, strict=True)
+            if isinstance(value, Tensor) and root is None and layout is None
+        ]
+        _check_layouts(self._name, [layout for layout in self._layouts if layout is not None])
+        try:
+            return self._outputs(self._layouts)
+        except _FAILURES as error:
+            # A parameter repeated for every user, such as a learned first state, is cut with them.
+            repeated = [
+                self._mode.rows.find_exact(tuple(value.shape))
+                if root and not root.is_parameter else layout
+                for value, root, layout in zip(
+                    self._values, self._roots, self._layouts, strict=True
+                )
+            ]  # fmt: skip
+            if repeated == self._layouts:
+                raise _unsliceable(self._mode, self._name, self._values, error) from error
+            try:
+                return self._outputs(repeated)
+            except _FAILURES as again:
+                raise _unsliceable(self._mode, self._name, self._values, again) from again
+
+    def join(self, outputs: list[Any]) -> Any:
+        """Return the output for the whole batch; the first of a call site is compared with it.
+
+        Raises:
+            BoundaryError: The function computes across rows.
+            RowLayoutError: It is undecided where its outputs hold the rows.
+        """
+        assert self.groups is not None
+        flats = [pytree.tree_flatten(output) for output in outputs]
+        pieces, proofs = [flat[0] for flat in flats], self._mode.slice_proofs
+        of_roots = tuple(root.sources for root in self._roots if root is not None)
+        site = (self._name, of_roots, len(pieces[0]))
+        whole = None
+        if site not in proofs:
+            whole = whole_call(self._func, self._values, self._roots, self._spec)
+            proofs[site] = prove(self._name, pieces, whole, self.groups)
+            logger.info(
+                "slice rule: %s has no boundary rule and runs once a stratum (exact, S launches)",
+                self._name,
+            )
+        proof = proofs[site]
+        joined = [
+            _joined(of_strata, dim, self.groups)
+            for of_strata, dim in zip(zip(*pieces, strict=True), proof.dims, strict=True)
+        ]
+        if whole is not None and not proof.is_random:
+            try:
+                compare(self._name, joined, whole[0])
+            except BoundaryError:
+                del proofs[site]
+                with torch.no_grad():
+                    for value, before in self._constants:
+                        value.copy_(before)
+                raise
+        return pytree.tree_unflatten(joined, flats[0][1])
+
+    def _outputs(self, layouts: Sequence[RowLayout | None]) -> list[Any]:
+        assert self.groups is not None
+        present = [stratum for stratum, count in enumerate(self.groups.counts) if count]
+        return [self._output(stratum, layouts) for stratum in present]
+
+    def _output(self, stratum: int, layouts: Sequence[RowLayout | None]) -> Any:
         parts = [
             _rows_of(value if leaf is None else leaf[stratum], layout, stratum)
-            for value, layout, leaf in zip(values, layouts, leaves, strict=True)
+            for value, layout, leaf in zip(self._values, layouts, self._leaves, strict=True)
         ]
-        return func(*(unflat := pytree.tree_unflatten(parts, spec))[0], **unflat[1])
-
-    present = [s for s, count in enumerate(groups.counts) if count]
-    # Buffers that the function moves, as running statistics, go back if it is refused.
-    constants = [
-        (v, v.clone())
-        for v, root, layout in zip(values, roots, layouts, strict=True)
-        if isinstance(v, Tensor) and root is None and layout is None
-    ]
-    _check_layouts(name, [layout for layout in layouts if layout is not None])
-    try:
-        outputs = [call(s) for s in present]
-    except _FAILURES as error:
-        # A parameter repeated for every user, such as a learned first state, is cut with them.
-        repeated = [
-            mode.rows.find_exact(tuple(v.shape)) if root and not root.is_parameter else layout
-            for v, root, layout in zip(values, roots, layouts, strict=True)
-        ]
-        if repeated == layouts:
-            raise _unsliceable(mode, name, values, error) from error
-        layouts = repeated
-        try:
-            outputs = [call(s) for s in present]
-        except _FAILURES as again:
-            raise _unsliceable(mode, name, values, again) from again
-    flats = [pytree.tree_flatten(output) for output in outputs]
-    site = (name, tuple(r.sources for r in roots if r is not None), len(flats[0][0]))
-    whole = None
-    if site not in mode.slice_proofs:
-        whole = _whole_call(func, values, roots, spec)
-        mode.slice_proofs[site] = _prove(name, [f[0] for f in flats], whole, groups, present)
-        logger.info(
-            "slice rule: %s has no boundary rule and runs once a stratum (exact, S launches)", name
-        )
-    proof = mode.slice_proofs[site]
-    joined = [
-        _joined(pieces, dim, groups)
-        for pieces, dim in zip(zip(*(f[0] for f in flats), strict=True), proof.dims, strict=True)
-    ]
-    if whole is not None and not proof.is_random:
-        try:
-            _compare(name, joined, whole[0])
-        except BoundaryError:
-            del mode.slice_proofs[site]
-            with torch.no_grad():
-                for value, before in constants:
-                    value.copy_(before)
-            raise
-    return pytree.tree_unflatten(joined, flats[0][1])
+        args, kwargs = pytree.tree_unflatten(parts, self._spec)
+        return self._func(*args, **kwargs)
 
 
 _FAILURES = (RuntimeError, IndexError, ValueError, TypeError)
@@ -198,60 +231,6 @@ def _rows_of(value: Any, layout: RowLayout | None, stratum: int) -> Any:
     return value.index_select(layout.dim, order[first:end])
 
 
-@torch.no_grad()
-def _whole_call(
-    func: Callable[..., Any], values: list[Any], roots: list[Root | None], spec: Any
-) -> tuple[list[Any], list[Any]]:
-    """Call ``func`` twice on the whole batch; on copies, so that no buffer moves."""
-    results = []
-    with torch.random.fork_rng(devices=[]):
-        for seed in (1, 2):
-            torch.manual_seed(seed)
-            copies = [
-                v.detach() if root is not None else v.clone() if isinstance(v, Tensor) else v
-                for v, root in zip(values, roots, strict=True)
-            ]
-            args, kwargs = pytree.tree_unflatten(copies, spec)
-            results.append(pytree.tree_flatten(func(*args, **kwargs))[0])
-    return results[0], results[1]
-
-
-def _prove(
-    name: str,
-    pieces: list[list[Any]],
-    whole: tuple[list[Any], list[Any]],
-    groups: RowGroups,
-    present: list[int],
-) -> SliceProof:
-    is_random = any(
-        isinstance(a, Tensor) and not torch.equal(a, b) for a, b in zip(*whole, strict=True)
-    )
-    dims: list[int | None] = []
-    for i, full in enumerate(whole[0]):
-        if not isinstance(full, Tensor):
-            dims.append(None)
-            continue
-        fitting = [
-            dim
-            for dim, size in enumerate(full.shape)
-            if size % groups.num_rows == 0
-            and all(
-                part[i].shape[dim] * groups.num_rows == size * groups.counts[s]
-                for part, s in zip(pieces, present, strict=True)
-            )
-        ]
-        if len(fitting) > 1 and len(present) > 1:
-            fitting = [d for d in fitting if pieces[0][i].shape[d] != full.shape[d]]
-        if not fitting or (len(fitting) > 1 and len(present) > 1):
-            raise RowLayoutError(
-                f"{name}: cannot tell which dimension of its output {list(full.shape)} holds the "
-                f"{groups.num_rows} rows; the function mixes or drops rows: keep the batch "
-                'dimension, or use GradientAggregator(..., mode="exact")'
-            )
-        dims.append(fitting[0])
-    return SliceProof(tuple(dims), is_random)
-
-
 def _joined(pieces: tuple[Any, ...], dim: int | None, groups: RowGroups) -> Any:
     if dim is None or not isinstance(pieces[0], Tensor):
         return pieces[0]
@@ -261,18 +240,3 @@ def _joined(pieces: tuple[Any, ...], dim: int | None, groups: RowGroups) -> Any:
     order = groups.repeated(out.shape[dim] // groups.num_rows).order
     assert order is not None
     return out.index_select(dim, torch.argsort(order))
-
-
-def _compare(name: str, joined: list[Any], whole: list[Any]) -> None:
-    for mine, full in zip(joined, whole, strict=True):
-        if not isinstance(full, Tensor) or not full.is_floating_point():
-            continue
-        scale = float(full.abs().max()) if full.numel() else 0.0
-        error = float((mine.detach() - full).abs().max()) if full.numel() else 0.0
-        if not error <= _TOLERANCE.get(full.dtype, 2e-2) * scale:
-            raise BoundaryError(
-                f"{name}: gives other values for a stratum alone than for the whole batch "
-                f"(difference {error:.2g}), so it computes across rows, as batch statistics do; "
-                "use a norm over features (LayerNorm, GroupNorm), or put the layer into "
-                "evaluation mode"
-            )

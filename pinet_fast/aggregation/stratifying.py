@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from pinet_fast.aggregation.coverage import Coverage
     from pinet_fast.aggregation.leaves import Root
-    from pinet_fast.aggregation.slice_rule import SliceProof
+    from pinet_fast.aggregation.slice_proof import SliceProof
 
 _NOTHING = nullcontext()
 
