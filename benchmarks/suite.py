@@ -28,13 +28,16 @@ def run(files: Sequence[Path], out: Path, command: str, options: Sequence[str] =
     worst, records = 0, list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
         for file in files:
-            part = Path(folder, f"{file.stem}.json")
+            part = Path(folder, f"{len(records)}.json")
             pytest = [sys.executable, "-m", "pytest", "-q", str(file), "--paired-json", str(part)]
             code = subprocess.run([*pytest, *options], check=False).returncode
             if code != _NOTHING_COLLECTED:
                 worst = max(worst, abs(code))
             if not part.exists():
-                sys.exit(f"{file}: pytest ended with {code} and left no record; {out} is as it was")
+                sys.exit(
+                    f"{file}: pytest ended with {code} and left no record, for the reason that it "
+                    f"gives above; mend that and run again ({out} is as it was)"
+                )
             records.append(json.loads(part.read_text()))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(joined(records, command), indent=1) + "\n")

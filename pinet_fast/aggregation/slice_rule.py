@@ -86,6 +86,12 @@ class _SlicedCall:
                 else mode.dense_leaf(root, name, of_rows[0], is_sliced=True).unbind(0)  # type: ignore[union-attr]
                 for root in roots
             ]  # fmt: skip
+            # Buffers that the function moves, as running statistics, go back if it is refused.
+            self._constants = [
+                (value, value.clone())
+                for value, root, layout in zip(self._values, roots, self._layouts, strict=True)
+                if isinstance(value, Tensor) and root is None and layout is None
+            ]
 
     def by_stratum(self) -> list[Any]:
         """Return the outputs of the strata that are present.
@@ -93,12 +99,6 @@ class _SlicedCall:
         Raises:
             BoundaryError: The function fails on the rows of one stratum alone.
         """
-        # Buffers that the function moves, as running statistics, go back if it is refused.
-        self._constants = [
-            (value, value.clone())
-            for value, root, layout in zip(self._values, self._roots, self._layouts, strict=True)
-            if isinstance(value, Tensor) and root is None and layout is None
-        ]
         _check_layouts(self._name, [layout for layout in self._layouts if layout is not None])
         try:
             return self._outputs(self._layouts)
