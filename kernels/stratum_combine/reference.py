@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_ALIGNMENT = 64
+"""Bytes; that of every tensor of torch's own."""
+
 
 def stratum_combine_reference(
     grads: Sequence[Tensor],
@@ -50,25 +53,23 @@ def _by_weights(
     """Combine on a CPU, where weights may be looked at: strata without weight are left out."""
     exact = weights.tolist()
     # What is 0 or infinite only in float32 is a weight, and a product with it is no error.
-    narrow = weights.float().tolist()
+    of_dtype = {torch.float64: weights.unbind(0), torch.float32: weights.float().unbind(0)}
     for p, (grad, out, touched) in enumerate(zip(grads, outs, rows, strict=True)):
-        wide = _wide(grad.dtype, out.dtype)
-        factors = exact[p] if wide is torch.float64 else narrow[p]
-        parts = grad.unbind(0)
-        terms = list(zip(factors, parts, strict=True))
-        if 0 in exact[p]:
-            terms = [term for w, term in zip(exact[p], terms, strict=True) if w != 0]
-        if not terms:
+        if not any(exact[p]):
             if not accumulate[p]:
                 out.zero_()
             continue
-        is_sum = touched is None and not accumulate[p] and out.dtype is wide
-        total = out if is_sum else torch.empty_like(parts[0], dtype=wide)
-        is_narrow = grad.dtype is not wide
-        factor, part = terms[0]
-        torch.mul(part.to(wide) if is_narrow else part, factor, out=total)
-        for factor, part in terms[1:]:
-            total.add_(part.to(wide) if is_narrow else part, alpha=factor)
+        wide = _wide(grad.dtype, out.dtype)
+        is_sum = touched is None and not accumulate[p] and out.dtype is wide and _is_plain(out)
+        total = out if is_sum else grad.new_empty(grad.shape[1:], dtype=wide)
+        factors = of_dtype[wide][p]
+        if 0 not in exact[p]:
+            parts = grad.to(wide)
+            if not _is_plain(parts):
+                parts = parts.clone(memory_format=torch.contiguous_format)
+            torch.mv(parts.view(len(factors), total.numel()).t(), factors, out=total.view(-1))
+        else:
+            _add_up(grad, exact[p], factors.tolist(), total)
         if is_sum:
             continue
         if touched is None:
@@ -77,6 +78,26 @@ def _by_weights(
             out.index_copy_(0, touched, (out.index_select(0, touched) + total).to(out.dtype))
         else:
             out.zero_().index_copy_(0, touched, total.to(out.dtype))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether a tensor lies as torch's own do: the last bits of a product depend on that."""
+    return x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0
+
+
+def _add_up(
+    grad: Tensor, exact: Sequence[float], factors: Sequence[float], total: Tensor
+) -> None:
+    """Write the sum into ``total`` part by part, those that have a weight."""
+    terms = [
+        (factor, part)
+        for weight, factor, part in zip(exact, factors, grad.unbind(0), strict=True)
+        if weight != 0
+    ]
+    factor, part = terms[0]
+    torch.mul(part.to(total.dtype), factor, out=total)
+    for factor, part in terms[1:]:
+        total.add_(part.to(total.dtype), alpha=factor)
 
 
 def _wide(of_gradient: torch.dtype, of_output: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,15 @@ def stratum_gram_reference(grads: Sequence[Tensor], out: Tensor) -> None:
         _by_runs(grads, out)
     else:
         by_products(grads, out)
-    out.copy_(out.triu() + out.triu(1).mT)
+    upper = _upper(out.shape[1], out.device)
+    out.copy_(out.flatten(1).index_select(1, upper).view_as(out))
+
+
+@functools.lru_cache(maxsize=8)
+def _upper(strata: int, device: torch.device) -> Tensor:
+    """Return where the upper triangle holds each entry of a symmetric [S, S], both flattened."""
+    place = torch.arange(strata**2, device=device).view(strata, strata)
+    return torch.minimum(place, place.mT).flatten()
 
 
 def _by_runs(grads: Sequence[Tensor], out: Tensor) -> None:
@@ -61,7 +70,7 @@ def _by_runs(grads: Sequence[Tensor], out: Tensor) -> None:
         sums = out.new_empty((len(group), strata * strata))
         offsets = list(itertools.accumulate(sizes, initial=0))
         slice_sums([(products.flatten(1), None, sums)], offsets, None)
-        out[group] = sums.view(-1, strata, strata)
+        out.index_copy_(0, torch.tensor(group, device="cpu"), sums.view(-1, strata, strata))
 
 
 def _as_rows(grad: Tensor, strata: int) -> Tensor:

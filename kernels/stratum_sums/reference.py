@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _RUN = 32
 """Rows that are summed in their own dtype on a CPU; all above is summed in float64."""
 
+_WIDE = (torch.float32, torch.float64)
+
 _MAX_ELEMENTS = 1 << 24
 """Elements that are held at once elsewhere."""
 
@@ -103,12 +105,16 @@ def slice_sums(
         places = order[first:last]
     parts = []
     for rows, factors, _ in sums:
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        if rows.dtype not in _WIDE:
+            rows = rows.float()
         if factors is not None:
             factors = factors[first:last] if order is None else factors.index_select(0, places)
+        rows = rows.contiguous()
         parts.append(torch.embedding_bag(rows, places, starts, False, 0, False, factors)[0])
-    of_runs = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    found = torch.embedding_bag(of_runs.double(), runs, firsts)[0]
+    if len(parts) == 1:  # most often, and then the rest costs as much as the call above
+        sums[0][2].copy_(torch.embedding_bag(parts[0].double(), runs, firsts)[0])
+        return
+    found = torch.embedding_bag(torch.cat(parts, 1).double(), runs, firsts)[0]
     for (_, _, out), part in zip(sums, found.chunk(len(sums), 1), strict=True):
         out.copy_(part)
 

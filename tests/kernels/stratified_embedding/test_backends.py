@@ -10,6 +10,7 @@ from stratified_embedding_cases import INDEX_LAYOUTS, LAYOUTS, Case, added, orac
 
 from pinet_fast.errors import InputError
 from pinet_fast.kernels import stratified_embedding_add, stratified_embedding_reduce
+from pinet_fast.kernels.stratified_embedding import reference
 
 SHAPES = st.one_of(
     st.sampled_from([(), (0,), (1,), (15,), (16,), (31,), (33,), (63,), (64,), (65,), (200,)]),
@@ -106,6 +107,30 @@ def test_touched_does_not_depend_on_the_values(backend):
     assert rows.tolist() == [1, 3]
     assert values.count_nonzero() == 0
     assert touched.tolist() == [[True, True], [False, False]]
+
+
+@pytest.mark.parametrize("num_rows", [2, 3000])  # fewer and more cells than there are entries
+def test_what_no_lookup_touched_keeps_its_bits(backend, num_rows):
+    ids, strata = torch.zeros(9, dtype=torch.int64), torch.arange(9) % 2
+    dense = torch.full((3, num_rows, 4), -0.0)  # + 0.0 is 0.0
+    stratified_embedding_add(dense, [ids], [strata], [torch.ones(9, 4)], backend=backend)
+    assert dense[:2, 0].tolist() == [[5.0] * 4, [4.0] * 4]
+    untouched = torch.cat([dense[:2, 1:].flatten(), dense[2].flatten()])
+    assert untouched.signbit().all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    num_cells=st.one_of(st.integers(1, 2**18), st.integers(1, 2**50)),
+    count=st.integers(0, 300),
+    seed=st.integers(0, 99),
+)
+def test_cells_are_sorted_stably_digit_by_digit(num_cells, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    some = torch.randint(0, num_cells, (20,), generator=generator)  # so that most are repeated
+    cells = some[torch.randint(0, 20, (count,), generator=generator)]
+    expected = cells.sort(stable=True).indices
+    assert torch.equal(reference._stable_order(cells, num_cells), expected)
 
 
 @pytest.mark.parametrize("num_rows", [0, 5, 10**12])

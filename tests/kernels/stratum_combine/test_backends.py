@@ -170,16 +170,29 @@ def test_bits_do_not_depend_on_threads(backend):
         assert all(torch.equal(a, b) for a, b in zip(outs, results[0], strict=True))
 
 
-def test_layout_does_not_change_the_bits(backend):
-    weights = torch.randn(4, dtype=torch.float64)
-    grad = torch.randn(4, 30, 41)
+def off_by_one(x):
+    """Return ``x`` without gaps at an address that is no multiple of two elements."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+@pytest.mark.parametrize("strata", [4, 9])
+def test_layout_does_not_change_the_bits(strata, backend):
+    weights = torch.randn(strata, dtype=torch.float64)
+    grad = torch.randn(strata, 30, 41)
     expected = torch.empty(30, 41)
     stratum_combine([grad], weights, [expected], backend=backend)
-    for out in (torch.empty(41, 30).t(), torch.empty(30, 41, 2)[..., 0], torch.empty(60, 41)[::2]):
+    for out in (
+        torch.empty(30, 41),
+        torch.empty(41, 30).t(),
+        torch.empty(30, 41, 2)[..., 0],
+        torch.empty(60, 41)[::2],
+        off_by_one(torch.empty(30, 41)),
+    ):
         for x in (
             grad,
             grad.mT.contiguous().mT,
             grad.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+            off_by_one(grad),
         ):
             out.fill_(torch.nan)
             stratum_combine([x], weights, [out], backend=backend)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from host_reads import NoHostReads
-from stratum_solve_cases import KINDS, assert_solves_alike, make_gram
+from stratum_solve_cases import make_gram
 
 from pinet_fast.errors import BackendUnavailableError, InputError
 from pinet_fast.kernels import _registry, stratum_solve
@@ -82,26 +82,6 @@ def test_the_reference_reads_no_value_on_the_host():
                 reference.stratum_solve_reference(gram, rule, kept, 0.5, None, out)
     with NoHostReads():
         _simplex.on_device(gram)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("strata", [1, 3, 8])
-def test_the_simplex_is_searched_alike_on_host_and_device(kind, strata):
-    gram = make_gram(kind, strata, 0, (4,))
-    gram = gram / gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-300)[..., None, None]
-    gram[1] = torch.nan
-    gram[2, 0, 0] = torch.inf
-    found, expected = _simplex.on_host(gram), _simplex.on_device(gram)
-    for case in (0, 3):
-        assert_solves_alike("mgda", gram[case], found[case], expected[case])
-    assert found[1].isnan().all()
-    assert expected[1].isnan().all()
-    for case in (0, 3):  # alone, by NumPy's functions of vectors
-        assert_solves_alike("mgda", gram[case], _simplex.on_host(gram[case]), expected[case])
-    assert _simplex.on_host(gram[1]).isnan().all()
-    alone = _simplex.on_host(gram[:1])
-    assert alone.shape == (1, strata)
-    assert torch.equal(alone[0], _simplex.on_host(gram[0]))
 
 
 def test_rules_are_numbered_as_listed():
