@@ -59,8 +59,8 @@ def stratum_combine(
     Numerics:
         A stratum whose weight is exactly 0 is not read: absent strata may hold NaN. Any other
         weight lets NaN and infinity through. Products and sums in float32 at least, strata in
-        ascending order, ``outs[p]`` added last, one rounding at the end. Bitwise deterministic for
-        any number of threads and any layout.
+        ascending order (the reference on a CPU: in the vendor's), ``outs[p]`` added last, one
+        rounding at the end. Bitwise deterministic for any number of threads and any layout.
 
     Cost:
         ``cost(shapes, itemsize)``: each gradient with weight is read once, each output written

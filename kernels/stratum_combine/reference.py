@@ -85,9 +85,7 @@ def _is_plain(x: Tensor) -> bool:
     return x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0
 
 
-def _add_up(
-    grad: Tensor, exact: Sequence[float], factors: Sequence[float], total: Tensor
-) -> None:
+def _add_up(grad: Tensor, exact: Sequence[float], factors: Sequence[float], total: Tensor) -> None:
     """Write the sum into ``total`` part by part, those that have a weight."""
     terms = [
         (factor, part)

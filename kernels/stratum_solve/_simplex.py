@@ -66,7 +66,7 @@ def _by_support(gram: Any) -> Any | None:
     """Return the weights of one Gram [K, K] that meet the conditions of the minimum, or None.
 
     The support is guessed: strata that get no positive weight without the bounds are left out, until
-    none is left. What comes out is looked at, so that a wrong guess is no wrong answer.
+    all weights are positive. The result is looked at, so that a wrong guess is no wrong answer.
     """
     import numpy as np
 

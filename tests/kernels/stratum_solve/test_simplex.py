@@ -82,9 +82,7 @@ def test_what_is_unclear_is_iterated(case, monkeypatch):
     gram = of_order_one(torch.tensor(UNCLEAR[case], dtype=torch.float64))
     called = []
     iterate = _simplex._iterate
-    monkeypatch.setattr(
-        _simplex, "_iterate", lambda *args: called.append(case) or iterate(*args)
-    )
+    monkeypatch.setattr(_simplex, "_iterate", lambda *args: called.append(case) or iterate(*args))
     found = _simplex.on_host(gram)
     assert called == [case]
     if gram.isfinite().all():
