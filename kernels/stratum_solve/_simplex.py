@@ -65,8 +65,8 @@ def on_host(gram: Tensor) -> Tensor:
 def _by_support(gram: Any) -> Any | None:
     """Return the weights of one Gram [K, K] that meet the conditions of the minimum, or None.
 
-    The support is guessed: strata that get no positive weight without the bounds are left out, until
-    all weights are positive. The result is looked at, so that a wrong guess is no wrong answer.
+    The support is guessed: strata whose weight is not positive without the bounds are left out,
+    until all weights are. The result is looked at, so that a wrong guess is no wrong answer.
     """
     import numpy as np
 
