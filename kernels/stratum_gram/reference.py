@@ -40,14 +40,13 @@ def stratum_gram_reference(grads: Sequence[Tensor], out: Tensor) -> None:
         _by_runs(grads, out)
     else:
         by_products(grads, out)
-    upper = _upper(out.shape[1], out.device)
-    out.copy_(out.flatten(1).index_select(1, upper).view_as(out))
+        out.copy_(out.triu() + out.triu(1).mT)
 
 
 @functools.lru_cache(maxsize=8)
-def _upper(strata: int, device: torch.device) -> Tensor:
+def _upper(strata: int) -> Tensor:
     """Return where the upper triangle holds each entry of a symmetric [S, S], both flattened."""
-    place = torch.arange(strata**2, device=device).view(strata, strata)
+    place = torch.arange(strata**2, device="cpu").view(strata, strata)
     return torch.minimum(place, place.mT).flatten()
 
 
@@ -70,7 +69,8 @@ def _by_runs(grads: Sequence[Tensor], out: Tensor) -> None:
         sums = out.new_empty((len(group), strata * strata))
         offsets = list(itertools.accumulate(sizes, initial=0))
         slice_sums([(products.flatten(1), None, sums)], offsets, None)
-        out.index_copy_(0, torch.tensor(group, device="cpu"), sums.view(-1, strata, strata))
+        symmetric = sums.index_select(1, _upper(strata)).view(-1, strata, strata)
+        out.index_copy_(0, torch.tensor(group, device="cpu"), symmetric)
 
 
 def _as_rows(grad: Tensor, strata: int) -> Tensor:

@@ -67,24 +67,25 @@ def train(
         TrainingInterrupted: Ctrl-C or SIGTERM; the checkpoint is written.
     """
     observer = observer or Observer()
-    folder = RunFolder(Path(out))
     events = None
     if tensorboard:
         summary_writer()  # before anything is made
         events = TensorBoardLog
-    if resume:
-        config = RunConfig.load(folder.config)
-        state = load_checkpoint(folder.checkpoint)
-        recipe = Recipe(config, load_inputs(config, observer), folder, observer)
-        recipe.restore(state)
+    with RunFolder(Path(out)) as folder:
+        if resume:
+            folder.claim()
+            config = RunConfig.load(folder.config)
+            state = load_checkpoint(folder.checkpoint)
+            recipe = Recipe(config, load_inputs(config, observer), folder, observer)
+            recipe.restore(state)
+            return recipe.run(events)
+        if config is None:
+            raise ConfigError("train: a config is needed unless resume=True")
+        with folder.creating():
+            recipe = Recipe(config, load_inputs(config, observer), folder, observer)
+            folder.write_config(config)
+            recipe.save(log_bytes=0)
         return recipe.run(events)
-    if config is None:
-        raise ConfigError("train: a config is needed unless resume=True")
-    with folder.creating():
-        recipe = Recipe(config, load_inputs(config, observer), folder, observer)
-        folder.write_config(config)
-        recipe.save(log_bytes=0)
-    return recipe.run(events)
 
 
 class Recipe:

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import os
 import shutil
 import tempfile
 from typing import TYPE_CHECKING, Any, Self
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class RunFolder:
-    """Paths and writers of one run.
+    """Paths and writers of one run; as a context manager it lets go of its claim at the end.
 
     Args:
         path: The folder.
@@ -42,10 +43,32 @@ class RunFolder:
         self.ranks = path / "test_ranks.npz"
         self.report = path / "report.html"
         self.events = path / "tensorboard"
+        self._claim: int | None = None
+
+    def claim(self) -> None:
+        """Keep other runs out of the folder, for as long as this process at most.
+
+        Raises:
+            ConfigError: Another run has claimed it.
+        """
+        self._claim = _locked(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     @contextlib.contextmanager
     def creating(self) -> Iterator[None]:
-        """Make the folder for a new run; a failure inside leaves no trace of it.
+        """Make and claim the folder for a new run; a failure inside leaves no trace of it.
 
         Raises:
             ConfigError: The folder cannot be made or holds something already.
@@ -68,6 +91,7 @@ class RunFolder:
                 f"--out {self.path}: cannot write there ({error.strerror}); choose a folder in "
                 "which you may write"
             ) from None
+        self.claim()  # where it fails the folder is another's
         try:
             yield
         except BaseException:
@@ -172,6 +196,30 @@ def _csv(metrics: dict[str, Any]) -> bytes:
                         row = [value["mean"], value["low"], value["high"]]
                         writer.writerow([part, stage, name, group["users"], metric, *row])
     return out.getvalue().encode()
+
+
+def _locked(path: Path) -> int | None:
+    """Return a descriptor that holds the lock of a folder, or None where there is none to have."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # who reads the folder says what is wrong with it
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"--out {path}: another run is training into this folder; wait until it has ended, "
+            "stop it, or choose another folder"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _first_missing(path: Path) -> Path | None:

@@ -22,6 +22,7 @@ from pinet_fast.errors import (
 from pinet_fast.training import RunConfig, train
 from pinet_fast.training.evaluate import target_ranks
 from pinet_fast.training.metrics import summarise
+from pinet_fast.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -162,6 +163,38 @@ class TestBadInput:
         train(replace(config, epochs=1, heads=False), tmp_path / "run")
         with pytest.raises(ConfigError, match="holds a run already"):
             train(config, tmp_path / "run")
+
+    def test_folder_of_a_run_in_progress(self, config: RunConfig, tmp_path: Path) -> None:
+        run, second = tmp_path / "run", []
+
+        class Intruder(StopAt):
+            def step_done(self, loss: float) -> None:
+                if not second:
+                    for resume in (True, False):
+                        with pytest.raises(ConfigError) as caught:
+                            train(None if resume else config, run, resume=resume)
+                        second.append(str(caught.value))
+                super().step_done(loss)
+
+        with pytest.raises(TrainingInterrupted):
+            train(config, run, observer=Intruder(2))
+        assert second[0] == (
+            f"--out {run}: another run is training into this folder; wait until it has ended, stop "
+            "it, or choose another folder"
+        )
+        assert "holds a run already" in second[1]
+        train(config, tmp_path / "alone")
+        train(None, run, resume=True)  # the claim ended with the run
+        assert_same_run(tmp_path / "alone", run)
+
+    def test_folder_claimed_before_it_holds_anything(
+        self, config: RunConfig, tmp_path: Path
+    ) -> None:
+        run = tmp_path / "run"
+        with RunFolder(run) as other, other.creating():
+            with pytest.raises(ConfigError, match="another run is training"):
+                train(config, run)
+            assert run.is_dir()  # it is the other's
 
     def test_resume_without_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no run folder"):
