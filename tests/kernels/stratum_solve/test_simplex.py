@@ -81,9 +81,12 @@ UNCLEAR = {
 def test_what_is_unclear_is_iterated(case, monkeypatch):
     gram = of_order_one(torch.tensor(UNCLEAR[case], dtype=torch.float64))
     called = []
-    iterate = _simplex._iterate
-    monkeypatch.setattr(_simplex, "_iterate", lambda *args: called.append(case) or iterate(*args))
+    for name in ("_iterate", "_iterate_one"):
+        iterate = getattr(_simplex, name)
+        monkeypatch.setattr(
+            _simplex, name, lambda *args, by=iterate: called.append(case) or by(*args)
+        )
     found = _simplex.on_host(gram)
-    assert called == [case]
+    assert called
     if gram.isfinite().all():
         assert_solves_alike("mgda", gram, found, _simplex.on_device(gram))
