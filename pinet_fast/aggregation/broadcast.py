@@ -37,7 +37,8 @@ class StratifiedBroadcast(torch.autograd.Function):
         layout: RowLayout,
         term: Term | None,
     ) -> Tensor:
-        ctx.save_for_backward(*((rows, parameter, parameter) if multiply else ()))
+        if multiply:
+            ctx.save_for_backward(rows, parameter, parameter)
         ctx.multiply = multiply
         ctx.term = term  # read by losses.mark_terms
         ctx.shapes = rows.shape, parameter.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,20 +33,26 @@ def _broadcast_arguments(input: Any, other: Any, alpha: Any = 1) -> Args:
 def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     """``rows + p``, ``rows - p``, ``rows * p`` and the same with the sides exchanged."""
     left, right, alpha = bind(_broadcast_arguments, args, kwargs)
-    if not _is_row_like(mode, left) and not _is_row_like(mode, right):
+    op, is_exchanged = _operation(func)
+    of_left, of_right = mode.root_of(left), mode.root_of(right)
+    meets_rows = (of_left is None and _is_row_like(left)) or (
+        of_right is None and _is_row_like(right)
+    )
+    if not meets_rows:
         return mode.derive(func, args, kwargs)
     if alpha != 1:
-        right = mode.derive(torch.mul, (right, alpha), {}) if mode.root_of(right) else right * alpha
-    op = func_name(func).strip("_").removeprefix("r")
-    if func_name(func) == "__rsub__":
-        left, right = right, left
+        right = right * alpha if of_right is None else mode.derive(torch.mul, (right, alpha), {})
+        of_right = mode.root_of(right)
+    if is_exchanged:
+        left, right, of_left, of_right = right, left, of_right, of_left
     if op in ("sub", "subtract"):
         # x - p = x + (-p), exactly: the negation is batch-free or row-wise, whichever side it is.
-        right = mode.derive(torch.neg, (right,), {}) if mode.root_of(right) else -right
-    rows, parameter = (right, left) if mode.root_of(left) is not None else (left, right)
-    root = mode.root_of(parameter)
-    if root is None or mode.root_of(rows) is not None:
+        right = -right if of_right is None else mode.derive(torch.neg, (right,), {})
+        of_right = mode.root_of(right)
+    root = of_right if of_left is None else of_left
+    if root is None or (of_left is not None and of_right is not None):
         raise BoundaryError(f"{op}: expected rows of the batch and one parameter")
+    rows, parameter = (left, right) if of_left is None else (right, left)
     layout = _layout_of(mode, rows, parameter, root, op)
     if layout is None:
         return mode.derive(func, args, kwargs)
@@ -64,15 +71,17 @@ def _layout_of(
     mode: Interception, rows: Any, parameter: Tensor, root: Root, op: str
 ) -> RowLayout | None:
     """Return the layout of the result of broadcasting."""
-    out_shape = _broadcast_shape(rows.shape, parameter.shape)
-    extra = len(out_shape) - parameter.dim()
+    own = tuple(parameter.shape)  # a slice of a torch.Size takes 1 us
+    sizes = _broadcast_shape(tuple(rows.shape), own)
+    extra = len(sizes) - len(own)
     # Dimensions in which the parameter has values of its own cannot be the rows'.
-    sizes = tuple(
-        size if dim < extra or parameter.shape[dim - extra] == 1 else -1
-        for dim, size in enumerate(out_shape)
-    )
+    if 1 in own:
+        beside = tuple(sizes[extra + dim] if n == 1 else -1 for dim, n in enumerate(own))
+    else:
+        beside = (-1,) * len(own)
+    sizes = sizes[:extra] + beside
     # Their graph tells where rows are as long as no dimension is put in front of theirs.
-    return mode.find(sizes, rows if rows.dim() == len(out_shape) else None, (root,), op)
+    return mode.find(sizes, rows if rows.dim() == len(sizes) else None, (root,), op)
 
 
 def _division_arguments(input: Any, other: Any, *, rounding_mode: Any = None) -> Args:
@@ -84,7 +93,8 @@ def _division(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
     above, below, rounding = bind(_division_arguments, args, kwargs)
     root_above, root_below = mode.root_of(above), mode.root_of(below)
     rows, root = (below, root_above) if root_below is None else (above, root_below)
-    if rounding is not None or root is None or not _is_row_like(mode, rows):
+    are_rows = root is not None and mode.root_of(rows) is None and _is_row_like(rows)
+    if rounding is not None or root is None or not are_rows:
         return slice_rule(mode, func, args, kwargs)
     layout = _layout_of(mode, rows, root.tensor, root, "div")
     if layout is None:
@@ -105,20 +115,23 @@ def _reversed_division(mode: Interception, func: Func, args: Args, kwargs: Kwarg
     return _broadcast(mode, torch.mul, (inverse, above), kwargs)
 
 
-def _is_row_like(mode: Interception, value: Any) -> bool:
-    """Return whether a side of a sum may hold rows: no number, root or frozen parameter does."""
-    return (
-        isinstance(value, Tensor)
-        and mode.root_of(value) is None
-        and not isinstance(value, torch.nn.Parameter)
-    )
+def _is_row_like(value: Any) -> bool:
+    """Return whether what is no root may hold rows: no number or frozen parameter does."""
+    return isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter)
 
 
-def _broadcast_shape(rows: torch.Size, parameter: torch.Size) -> torch.Size:
+@functools.cache
+def _operation(func: Func) -> tuple[str, bool]:
+    """Return what a function computes, and whether its sides are exchanged in a difference."""
+    name = func_name(func)
+    return name.strip("_").removeprefix("r"), name == "__rsub__"
+
+
+def _broadcast_shape(rows: tuple[int, ...], parameter: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the sum; torch.broadcast_shapes takes 15 us for it."""
     if len(parameter) <= len(rows) and rows[len(rows) - len(parameter) :] == parameter:
         return rows
-    return torch.broadcast_shapes(rows, parameter)  # type: ignore[no-any-return, no-untyped-call]
+    return tuple(torch.broadcast_shapes(rows, parameter))  # type: ignore[no-untyped-call]
 
 
 def _in_place(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
