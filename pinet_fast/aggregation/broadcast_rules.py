@@ -50,7 +50,7 @@ def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
         right = -right if of_right is None else mode.derive(torch.neg, (right,), {})
         of_right = mode.root_of(right)
     root = of_right if of_left is None else of_left
-    if root is None or (of_left is not None and of_right is not None):
+    if root is None:
         raise BoundaryError(f"{op}: expected rows of the batch and one parameter")
     rows, parameter = (left, right) if of_left is None else (right, left)
     layout = _layout_of(mode, rows, parameter, root, op)
