@@ -1,4 +1,4 @@
-"""The two ways to the shortest point of a simplex, and who goes which."""
+"""The ways to the shortest point of a simplex, and which Gram goes which."""
 
 from __future__ import annotations
 
