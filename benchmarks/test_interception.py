@@ -41,6 +41,7 @@ class Calls:
             "layer_norm": lambda: self.norm(self.x),
             "embedding": lambda: F.embedding(self.ids, self.table.weight),
             "add": lambda: self.x + self.vector,
+            "mul": lambda: self.x * self.vector,
         }
 
 

@@ -137,8 +137,10 @@ def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
 
 def _strata_to(values: Tensor, shape: torch.Size, groups: RowGroups, layout: RowLayout) -> Tensor:
     """Sum the rows of each stratum, and over what broadcasting added: [S, *shape]."""
-    if layout.dim == 0 and values.dim() == 2 and shape == values.shape[1:]:
-        sums: Tensor = stratum_sums(values, groups.ids, groups.num_strata)
-        return sums
+    own = shape[1:] if len(shape) == values.dim() and shape[0] == 1 else shape
+    if layout.dim == 0 and values.dim() > 1 and own == values.shape[1:]:
+        # A value of its own for every number of a row: csrc/nodes.cpp does the same.
+        sums: Tensor = stratum_sums(values.flatten(1), groups.ids, groups.num_strata)
+        return sums.view(-1, *shape)
     parts = groups.split(values.movedim(layout.dim, 0))
     return torch.stack([_sum_to(part.movedim(0, layout.dim), shape) for part in parts])

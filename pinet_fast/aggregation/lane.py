@@ -3,10 +3,11 @@
 At small batches a step costs what its Python costs. Once the leak check has proven a model, most of
 the interception's decisions are the same in every step, and ``csrc/`` makes them without Python:
 it passes on calls that no parameter takes part in, and makes the boundaries of linear layers, layer
-norms and lookups whose sites are settled, whose rows are [N, ...] with the batch's events or users
-in dimension 0, on a CPU. Their nodes compute what the functions of ``boundary.py`` and
-``lookups.py`` do, with the same kernels and the same bits; where another backend than the compiled
-one serves, they call its op. Whatever is otherwise is left to
+norms, lookups, and sums and products with a parameter of a row's shape, whose sites are settled,
+whose rows are [N, ...] with the batch's events or users in dimension 0, on a CPU. Their nodes
+compute what the functions of ``boundary.py``, ``lookups.py`` and ``broadcast.py`` do, with the same
+kernels and the same bits; where another backend than the compiled one serves, they call its op.
+Whatever is otherwise is left to
 :class:`Interception`, so that nothing is decided in two ways: layouts that the graph would have to
 tell through views, autocast, saved-tensor hooks, modes of other libraries (``set_default_device``
 is one), subclasses of tensors, ``shared()``, derived parameters, first uses.
@@ -21,7 +22,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pinet_fast import _env, profiling
@@ -35,11 +36,13 @@ from pinet_fast.kernels import _registry
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import Tensor
-
-
-_OPS = {"linear": 0, "layer_norm": 1, "embedding": 2}  # as csrc/lane.h counts them
-_KERNELS = ("stratified_linear_backward", "stratified_norm_backward", "stratified_embedding_add")
+_OPS = {"linear": 0, "layer_norm": 1, "embedding": 2, "add": 3, "mul": 4}  # as csrc/lane.h has them
+_KERNELS = (
+    "stratified_linear_backward", "stratified_norm_backward", "stratified_embedding_add",
+    "stratum_sums",
+)  # fmt: skip
+_SUMS = (Tensor.add, torch.add)  # what operators call too, usual ones first
+_PRODUCTS = (Tensor.mul, torch.mul)
 
 
 @functools.cache
@@ -50,6 +53,7 @@ def _library() -> tuple[Any, str | None]:
         module.configure(
             Interception.__torch_function__, set_shared, refuse_backward, GRADIENT_CALLS,
             (F.linear, F.layer_norm, F.embedding, torch.layer_norm, torch.embedding),
+            _SUMS, _PRODUCTS,
             tuple(provenance.SAME_SHAPE), tuple(provenance.READERS),
         )  # fmt: skip
     return module, reason
@@ -99,7 +103,6 @@ def _interception() -> type[Interception]:
         prepares_leaves = False  # the lane keeps its own
         lane: Any
         depth = 0
-        __torch_function__ = _library()[0].torch_function
 
         def prepare(self, positions: Sequence[int]) -> None:
             self.rows.layout_of = self.lane.layout_of
@@ -108,6 +111,7 @@ def _interception() -> type[Interception]:
                 self._known, self.leaves.num_strata, self.rows.whole_layouts(),
                 _registry.is_first("cpp", _KERNELS), self.leaves.keeps_touched,
             )  # fmt: skip
+            self.__torch_function__ = _library()[0].torch_function(self)  # type: ignore[method-assign]
 
         def __enter__(self) -> Self:
             self.depth += 1
@@ -118,6 +122,7 @@ def _interception() -> type[Interception]:
             self.depth -= 1
             if not self.depth:  # attention and replays enter it again inside
                 self.lane.end()
+                self.__dict__.pop("__torch_function__", None)
             super().__exit__(*error)  # type: ignore[no-untyped-call]
 
         def expect_backward(self, is_expected: bool) -> None:

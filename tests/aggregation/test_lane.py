@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(refusal() is not None, reason=f"no lane here: {refusal()}")
 
-V, D = 20, 6
+V, D, K = 20, 6, 3
 
 
 class Small(nn.Module):
@@ -33,6 +33,7 @@ class Small(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.up = nn.Linear(D, D)
         self.down = nn.Linear(D, D, bias=False)
+        self.place = nn.Parameter(torch.randn(1, K, D))  # of sums and products alone
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.items(batch.ids(V, batch.num_rows))
@@ -79,6 +80,11 @@ def rows(batch: Batch) -> Tensor:
     return batch.numbers(batch.num_rows, D)
 
 
+def several(batch: Batch) -> Tensor:
+    """Return several rows of features a row, [N, K, D]."""
+    return batch.numbers(batch.num_rows, K, D)
+
+
 SERVED: dict[str, Callable[[Small, Batch], Tensor]] = {
     "linear": lambda m, b: per_row(F.linear(rows(b), m.up.weight, m.up.bias)),
     "layer_norm": lambda m, b: per_row(
@@ -101,6 +107,27 @@ SERVED: dict[str, Callable[[Small, Batch], Tensor]] = {
     "expanded rows": lambda m, b: per_row(m.norm(m.up(b.numbers(1, D).expand(b.num_rows, D)))),
     "users": lambda m, b: m.up(b.numbers(b.num_users, D)).sin().sum(1)[b.users_of_rows()],
     "a view of rows": lambda m, b: per_row(m.up(torch.cat([rows(b)] * 2, 1)[:, D:])),
+    "a sum": lambda m, b: per_row(rows(b) + m.norm.weight),
+    "a sum, the parameter first": lambda m, b: per_row(m.norm.weight + rows(b)),
+    "torch.add": lambda m, b: per_row(torch.add(rows(b), m.norm.weight)),
+    "Tensor.add": lambda m, b: per_row(rows(b).add(m.norm.weight)),
+    "a product": lambda m, b: per_row(rows(b) * m.norm.weight),
+    "a product, the parameter first": lambda m, b: per_row(m.norm.weight * rows(b)),
+    "torch.mul": lambda m, b: per_row(torch.mul(m.norm.weight, rows(b))),
+    "Tensor.mul": lambda m, b: per_row(m.norm.weight.mul(rows(b))),
+    "positions": lambda m, b: per_row(several(b) + m.place),
+    "gates of positions": lambda m, b: per_row(several(b) * m.place),
+    "a matrix for each row": lambda m, b: per_row(b.numbers(b.num_rows, D, D) + m.up.weight),
+    "strided sums": lambda m, b: per_row(b.numbers(b.num_rows, D, K).transpose(1, 2) + m.place),
+    "a sum of expanded rows": lambda m, b: per_row(
+        b.numbers(1, D).expand(b.num_rows, D) * m.norm.weight + m.norm.bias
+    ),
+    "a sum of users": lambda m, b: (
+        (b.numbers(b.num_users, D) + m.norm.weight).sin().sum(1)[b.users_of_rows()]
+    ),
+    "sums and products of what layers make": lambda m, b: per_row(
+        m.norm(m.items(b.ids(V, b.num_rows)) * m.norm.weight + m.norm.bias) * m.norm.weight
+    ),
 }  # fmt: skip
 
 
@@ -129,7 +156,20 @@ LEFT: dict[str, Callable[[Small, Batch], Tensor]] = {
         F.embedding(b.ids(V, b.num_rows), m.items.weight, sparse=True)
     ),
     "users chosen": lambda m, b: per_row(
-        m.down((rows(b)[: b.num_users] * m.norm.weight)[b.users_of_rows()])
+        m.down((rows(b)[: b.num_users] * m.norm.weight.tanh())[b.users_of_rows()])
+    ),
+    "a factor": lambda m, b: per_row(torch.add(rows(b), m.norm.weight, alpha=2)),
+    "a difference": lambda m, b: per_row(rows(b) - m.norm.weight),
+    "a quotient": lambda m, b: per_row(rows(b) / m.norm.weight.abs()),
+    "a sum in place": lambda m, b: per_row(rows(b).clone().add_(m.norm.weight)),
+    "a keyword": lambda m, b: per_row(torch.add(rows(b), other=m.norm.weight)),
+    "a sum over positions": lambda m, b: per_row(several(b) + m.norm.weight),
+    "columns": lambda m, b: per_row(rows(b).unsqueeze(2) + m.norm.weight),
+    "one number a row": lambda m, b: per_row(rows(b)[:, :1] + m.norm.weight),
+    "numbers of rows": lambda m, b: per_row(rows(b).sum(1) * m.norm.weight[0]),
+    "rows of another type": lambda m, b: per_row(rows(b).double() + m.norm.weight).float(),
+    "rows behind positions": lambda m, b: (
+        (several(b).transpose(0, 1) + m.norm.weight).sin().sum((0, 2))
     ),
 }  # fmt: skip
 

@@ -51,7 +51,15 @@ def norm_alone(model: Deeper, batch: Batch) -> Tensor:
     return per_row(model.norm(batch.numbers(batch.num_rows, D)))
 
 
-FORWARDS = [small, lookup_alone, linear_alone, norm_alone]
+def sum_alone(model: Deeper, batch: Batch) -> Tensor:
+    return per_row(batch.numbers(batch.num_rows, D) + model.norm.weight)
+
+
+def product_alone(model: Deeper, batch: Batch) -> Tensor:
+    return per_row(model.norm.weight * batch.numbers(batch.num_rows, D))
+
+
+FORWARDS = [small, lookup_alone, linear_alone, norm_alone, sum_alone, product_alone]
 
 
 def both(
@@ -86,7 +94,7 @@ class Nothing(torch.autograd.Function):
         return None
 
 
-@pytest.mark.parametrize("which", ["items", "norm", "up"])
+@pytest.mark.parametrize("which", ["items", "norm", "up", "sum", "product"])
 def test_no_gradient_at_all(which: str) -> None:
     """Weight decay moves a parameter whose gradient is zero, and not one that has none."""
 
@@ -97,6 +105,7 @@ def test_no_gradient_at_all(which: str) -> None:
 
         x = stop(model.items(batch.ids(V, batch.num_rows)), "items")
         h = stop(model.norm(x), "norm")
+        h = stop(h + model.norm.bias, "sum") + stop(x * model.norm.weight, "product")
         return per_row(model.down(x + stop(F.gelu(model.up(h)), "up")))
 
     def decaying(named: Any) -> torch.optim.SGD:
@@ -188,24 +197,28 @@ def test_a_second_backward_is_torchs_error(forward: Callable[[Deeper, Batch], Te
     assert "backward through the graph a second time" in ours[1]
 
 
-@pytest.mark.parametrize("what", ["rows of linear", "rows of norm", "ids", "weight", "scale"])
+@pytest.mark.parametrize("what", [
+    "rows of linear", "rows of norm", "rows of a product", "ids", "weight", "scale", "factor",
+])  # fmt: skip
 def test_what_was_saved_must_not_be_changed(what: str) -> None:
     def then(model: Deeper, opt: Any, batch: Batch) -> Any:
         ids = batch.ids(V, batch.num_rows)
         with opt.stratify(batch.index()):
             x = model.items(ids)
             h = model.norm(x)
-            losses = per_row(model.up(h))
+            y = model.up(h)
+            losses = per_row(y * model.down.bias)
         changed = {
-            "rows of linear": h, "rows of norm": x, "ids": ids, "weight": model.up.weight,
-            "scale": model.norm.weight,
+            "rows of linear": h, "rows of norm": x, "rows of a product": y, "ids": ids,
+            "weight": model.up.weight, "scale": model.norm.weight, "factor": model.down.bias,
         }[what]  # fmt: skip
         with torch.no_grad():
             changed.mul_(1)
         return outcome(lambda: opt.backward(losses))
 
     def forward(model: Deeper, batch: Batch) -> Tensor:
-        return per_row(model.up(model.norm(model.items(batch.ids(V, batch.num_rows)))))
+        y = model.up(model.norm(model.items(batch.ids(V, batch.num_rows))))
+        return per_row(y * model.down.bias)
 
     ours, theirs = both(forward, then)
     assert ours is not None
@@ -232,12 +245,13 @@ def test_gradients_of_gradients_of_rows_are_torchs_error() -> None:
     def after(model: Deeper, opt: Any, batch: Batch) -> Any:
         x = batch.numbers(batch.num_rows, D).requires_grad_()
         with opt.stratify(batch.index()):
-            losses = per_row(model.down(model.up(model.norm(x))))
+            losses = per_row(model.down(model.up(model.norm(x))) * model.norm.weight)
         (grad,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
         return outcome(lambda: grad.sum().backward())
 
     def forward(model: Deeper, batch: Batch) -> Tensor:
-        return per_row(model.down(model.up(model.norm(batch.numbers(batch.num_rows, D)))))
+        x = batch.numbers(batch.num_rows, D)
+        return per_row(model.down(model.up(model.norm(x))) * model.norm.weight)
 
     ours, theirs = both(forward, after)
     assert ours == theirs

@@ -363,7 +363,7 @@ def test_a_begin_that_fails_forgets_what_it_was_given():
     with pytest.raises(IndexError):
         lane._library()[0].Lane([parameter], [(1, 0, "users", (), 1)])
     with pytest.raises(RuntimeError, match="no such op"):
-        lane._library()[0].Lane([parameter], [(0, 3, "users", (), 1)])
+        lane._library()[0].Lane([parameter], [(0, 5, "users", (), 1)])
 
 
 def test_replays_inside_replays_keep_it_off():

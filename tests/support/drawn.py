@@ -52,7 +52,7 @@ def _masked(model: Drawn, layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
     return layer(x) * (batch.numbers(batch.num_rows, 1, salt=3) > -1).to(model.dtype)
 
 
-def _strided(model: Drawn, layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
+def _strided(model: Drawn, layer: Any, x: Tensor, batch: Batch) -> Tensor:
     return layer(torch.cat([x, -x], 1)[:, 1 : model.dim + 1])
 
 
@@ -82,7 +82,7 @@ def _pool(model: Drawn, layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
     return x + (x @ pool.t()) @ pool
 
 
-def _checkpointed(model: Drawn, layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
+def _checkpointed(model: Drawn, layer: Any, x: Tensor, batch: Batch) -> Tensor:
     return checkpoint(lambda x: torch.tanh(layer(x)), x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
@@ -116,6 +116,11 @@ def _looked_up(model: Drawn, layer: nn.Module, x: Tensor, batch: Batch) -> Tenso
     return x + torch.embedding(model.items.weight, ids, 1).mean(1)
 
 
+def _positions(model: Drawn, layer: Any, x: Tensor, batch: Batch) -> Tensor:
+    rows = model.items(batch.ids(V, batch.num_rows, K, salt=5)) + layer.weight
+    return x + (rows * layer.weight).mean(1)
+
+
 def _leaf(model: Drawn, layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
     given = batch.numbers(batch.num_rows, model.dim, dtype=model.dtype, salt=4)
     return x + layer(given.requires_grad_())
@@ -138,6 +143,15 @@ BLOCKS: dict[str, tuple[str, Block]] = {
     "twice": ("linear", lambda m, f, x, b: f(torch.tanh(f(x)))),
     "norm twice": ("norm", lambda m, f, x, b: f(x + f(x))),
     "scale": ("scale", lambda m, f, x, b: x * f.weight),
+    "scale first": ("scale", lambda m, f, x, b: torch.mul(f.weight, x)),
+    "shift": ("scale", lambda m, f, x, b: x + f.weight),
+    "shift first": ("scale", lambda m, f, x, b: f.weight.add(x)),
+    "shift by a row": ("row", lambda m, f, x, b: x + f.weight),
+    "shift and scale": ("scale", lambda m, f, x, b: (x + f.weight) * f.weight),
+    "strided scale": ("scale", lambda m, f, x, b: _strided(m, lambda y: y * f.weight, x, b)),
+    "scale in some batches": ("scale", lambda m, f, x, b: x * f.weight if b.seed % 2 else x),
+    "checkpointed scale": ("scale", lambda m, f, x, b: _checkpointed(m, f.weight.mul, x, b)),
+    "positions": ("positions", _positions),
     "weight norm": ("weight norm", lambda m, f, x, b: f(x)),
     "again": ("linear", _again),
     "in some batches": ("linear", _some_batches),
@@ -194,6 +208,8 @@ class Drawn(nn.Module):
             return weight_norm(nn.Linear(dim, dim))
         if kind == "scale":
             return nn.LayerNorm(dim, bias=False)
+        if kind in ("row", "positions"):
+            return nn.Linear(dim, K if kind == "positions" else 1, bias=False)
         return nn.Identity() if kind == "none" else nn.Linear(dim, dim, bias=kind == "linear")
 
     def forward(self, batch: Batch) -> Tensor:

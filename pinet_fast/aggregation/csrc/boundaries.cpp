@@ -1,4 +1,4 @@
-// Boundaries of linear layers, layer norms and lookups: which calls are decided, and their nodes.
+// Boundaries of layers, sums and products: which calls are decided, and their nodes.
 
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
@@ -16,7 +16,11 @@
 namespace pinet {
 namespace {
 
-bool is_tensor(PyObject* value) { return THPVariable_Check(value); }
+// Not THPVariable_Check, which calls Python for everything that is none: 0.3 us a tuple of arguments.
+bool is_tensor(PyObject* value) {
+  return THPVariable_CheckExact(value) ||
+         PyType_IsSubtype(Py_TYPE(value), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
 
 // 1: value is a root; 0: it is not; -1: an error.
 int is_root(const Lane* lane, PyObject* value) {
@@ -265,6 +269,55 @@ PyObject* lookup_boundary(Lane* lane, PyObject* table, PyObject* ids, PyObject* 
   return padded_boundary(lane, ids, table, padding);
 }
 
+namespace {
+
+// Whether a parameter has the shape of one row [...] of rows [N, ...], or that of one row of a batch,
+// [1, ...]. No other dimension of it has size 1: rows could lie there.
+bool is_like_one_row(const at::Tensor& parameter, const at::Tensor& rows) {
+  const int64_t beside = parameter.dim() - rows.dim();
+  if (rows.dim() < 2 || beside < -1 || beside > 0) return false;
+  if (beside == 0 && parameter.size(0) != 1) return false;
+  for (int64_t dim = 1; dim < rows.dim(); ++dim)
+    if (rows.size(dim) == 1 || parameter.size(dim + beside) != rows.size(dim)) return false;
+  return true;
+}
+
+// rows + parameter or rows * parameter, whichever side is which.
+PyObject* try_broadcast(Lane* lane, Op op, PyObject* args, PyObject* kwargs) {
+  if (PyTuple_GET_SIZE(args) != 2 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
+  PyObject *input = PyTuple_GET_ITEM(args, 0), *value = PyTuple_GET_ITEM(args, 1);
+  if (lane->parameters->count(input)) std::swap(input, value);
+  // A frozen parameter holds no rows, though it may be as long.
+  if (Py_TYPE(input) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) return nullptr;
+  const at::Tensor& rows = THPVariable_Unpack(input);
+  if (!is_ready(lane, input, rows) || meets_root(lane, input) != 0) return nullptr;
+  Parameter* parameter = parameter_of(lane, value, true);
+  if (parameter == nullptr) return nullptr;
+  if (rows.scalar_type() != parameter->detached.scalar_type()) return nullptr;
+  if (rows.numel() == 0 || !is_like_one_row(parameter->detached, rows)) return nullptr;
+  const int kind = kind_of(lane, rows, rows.size(0));
+  if (kind < 0) return nullptr;
+  Site* site = settled_site(lane, *parameter, op, kind);
+  if (site == nullptr) return nullptr;
+  at::Tensor out;
+  {
+    LongCall call(rows.numel());
+    out = broadcast(rows, parameter->detached, op == kProduct, parameter->leaf, *lane->forward,
+                    (*lane->rows)[kind].groups, kind);
+  }
+  if (!use_dense(lane, *parameter)) return nullptr;
+  count_use(lane, *site);
+  return THPVariable_Wrap(std::move(out));
+}
+
+bool is_among(PyObject* func, PyObject* functions) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(functions); ++i)
+    if (PyTuple_GET_ITEM(functions, i) == func) return true;
+  return false;
+}
+
+}  // namespace
+
 bool tell_uses(Lane* lane) {
   for (Site* site : *lane->untold) {
     THPObjectPtr latest(PyLong_FromLongLong(site->seen - 1));
@@ -283,6 +336,8 @@ PyObject* boundary(Lane* lane, PyObject* func, PyObject* args, PyObject* kwargs)
   if (func == names.torch_layer_norm) return try_torch_layer_norm(lane, args, kwargs);
   if (func == names.embedding) return try_embedding(lane, args, kwargs);
   if (func == names.torch_embedding) return try_torch_embedding(lane, args, kwargs);
+  if (is_among(func, names.sums)) return try_broadcast(lane, kSum, args, kwargs);
+  if (is_among(func, names.products)) return try_broadcast(lane, kProduct, args, kwargs);
   return nullptr;
 }
 

@@ -16,7 +16,7 @@
 
 namespace pinet {
 
-enum Op { kLinear, kLayerNorm, kEmbedding, kNumOps };
+enum Op { kLinear, kLayerNorm, kEmbedding, kSum, kProduct, kNumOps };
 
 // Uses of one parameter by one op, with rows of one kind.
 struct Site {
@@ -48,6 +48,7 @@ struct Parameter {
 struct Names {
   PyObject *set_shared, *slow, *refuse, *gradient_calls;
   PyObject *linear, *layer_norm, *embedding, *torch_layer_norm, *torch_embedding;
+  PyObject *sums, *products;  // tuples: torch.add and its like, torch.mul and its like
   NodeNames nodes;
 };
 

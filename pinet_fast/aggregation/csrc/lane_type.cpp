@@ -238,13 +238,14 @@ PyObject* lane_layout_of(PyObject* object, PyObject* node) {
   END_HANDLE_TH_ERRORS
 }
 
-// take_calls(): how often the kernels of linear layers, of norms and of lookups ran since the last
-// time.
+// take_calls(): how often the kernels of linear layers, of norms, of lookups, and of sums and products
+// ran since the last time.
 PyObject* lane_take_calls(PyObject* object, PyObject*) {
   Calls* calls = reinterpret_cast<Lane*>(object)->calls->get();
-  return Py_BuildValue("(LLL)", static_cast<long long>(calls->linear.exchange(0)),
+  return Py_BuildValue("(LLLL)", static_cast<long long>(calls->linear.exchange(0)),
                        static_cast<long long>(calls->norm.exchange(0)),
-                       static_cast<long long>(calls->lookup.exchange(0)));
+                       static_cast<long long>(calls->lookup.exchange(0)),
+                       static_cast<long long>(calls->sums.exchange(0)));
 }
 
 PyMethodDef lane_methods[] = {

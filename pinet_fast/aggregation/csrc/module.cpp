@@ -2,9 +2,10 @@
 // parameters (gradients.cpp).
 //
 // `torch_function` is the `__torch_function__` of a mode. It passes on what no parameter takes part
-// in, and makes the boundaries of linear layers, norms and lookups itself where nothing is left to
-// decide: settled sites, rows [N, ...] of one kind in dimension 0, on a CPU. Everything else goes
-// to the interception in Python, which decides alike: `lane.py` says what the two share.
+// in, and makes the boundaries of linear layers, norms, lookups, sums and products itself where
+// nothing is left to decide: settled sites, rows [N, ...] of one kind in dimension 0, on a CPU.
+// Everything else goes to the interception in Python, which decides alike: `lane.py` says what the two
+// share.
 
 #include <torch/csrc/Exceptions.h>
 
@@ -31,19 +32,27 @@ PyObject* slow(Lane* lane, PyObject* mode, PyObject* func, PyObject* types, PyOb
   return out.release();
 }
 
-// torch_function(mode, func, types, args=(), kwargs=None)
-PyObject* torch_function(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  TORCH_CHECK(count >= 3 && count <= 5, "__torch_function__: expected 3 to 5 arguments");
-  PyObject *mode = given[0], *func = given[1], *types = given[2];
-  THPObjectPtr none(PyTuple_New(0));
-  PyObject* args = count > 3 ? given[3] : none.get();
-  PyObject* kwargs = count > 4 && given[4] != Py_None ? given[4] : nullptr;
-  static PyObject* const name = PyUnicode_InternFromString("lane");
-  THPObjectPtr held(PyObject_GetAttr(mode, name));
+// The lane of a mode; a new reference, or null with an error set.
+Lane* lane_of(PyObject* mode) {
+  if (active != nullptr && active->mode == mode)
+    return reinterpret_cast<Lane*>(Py_NewRef(reinterpret_cast<PyObject*>(active)));
+  THPObjectPtr held(PyObject_GetAttrString(mode, "lane"));
   if (!held) return nullptr;
   TORCH_CHECK_TYPE(Py_TYPE(held.get()) == lane_type, "__torch_function__: mode.lane is no Lane");
-  Lane* lane = reinterpret_cast<Lane*>(held.get());
+  return reinterpret_cast<Lane*>(held.release());
+}
+
+// torch_function(func, types, args=(), kwargs=None), of a mode
+PyObject* torch_function(PyObject* mode, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count >= 2 && count <= 4, "__torch_function__: expected 2 to 4 arguments");
+  PyObject *func = given[0], *types = given[1];
+  THPObjectPtr none(PyTuple_New(0));
+  PyObject* args = count > 2 ? given[2] : none.get();
+  PyObject* kwargs = count > 3 && given[3] != Py_None ? given[3] : nullptr;
+  Lane* lane = lane_of(mode);
+  if (lane == nullptr) return nullptr;
+  THPObjectPtr held(reinterpret_cast<PyObject*>(lane));
   if (!PyTuple_Check(args) || (kwargs && !PyDict_Check(kwargs)))
     return slow(lane, mode, func, types, args, kwargs);
   if (func == names.set_shared) {
@@ -86,14 +95,16 @@ bool read_names(PyObject* from, std::unordered_set<std::string>& to) {
   return true;
 }
 
-// configure(slow, set_shared, refuse, gradient calls, functions, names of nodes, names of nodes)
+// configure(slow, set_shared, refuse, gradient calls, functions, sums, products, names of nodes, names
+//           of nodes)
 PyObject* configure(PyObject*, PyObject* args) {
   HANDLE_TH_ERRORS
   PyObject *slow, *set_shared, *refuse, *calls, *same, *readers;
   PyObject *linear, *layer_norm, *embedding, *torch_layer_norm, *torch_embedding;
-  if (!PyArg_ParseTuple(args, "OOOO(OOOOO)OO", &slow, &set_shared, &refuse, &calls, &linear,
-                        &layer_norm, &embedding, &torch_layer_norm, &torch_embedding, &same,
-                        &readers))
+  PyObject *sums, *products;
+  if (!PyArg_ParseTuple(args, "OOOO(OOOOO)O!O!OO", &slow, &set_shared, &refuse, &calls, &linear,
+                        &layer_norm, &embedding, &torch_layer_norm, &torch_embedding,
+                        &PyTuple_Type, &sums, &PyTuple_Type, &products, &same, &readers))
     return nullptr;
   names.slow = Py_NewRef(slow);
   names.set_shared = Py_NewRef(set_shared);
@@ -104,6 +115,8 @@ PyObject* configure(PyObject*, PyObject* args) {
   names.embedding = Py_NewRef(embedding);
   names.torch_layer_norm = Py_NewRef(torch_layer_norm);
   names.torch_embedding = Py_NewRef(torch_embedding);
+  names.sums = Py_NewRef(sums);
+  names.products = Py_NewRef(products);
   if (!read_names(same, names.nodes.same_shape)) return nullptr;
   if (!read_names(readers, names.nodes.readers)) return nullptr;
   Py_RETURN_NONE;
@@ -115,8 +128,15 @@ PyMethodDef torch_function_def = {
     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(torch_function)), METH_FASTCALL,
     nullptr};
 
+// torch_function(mode): what serves as the `__torch_function__` of one mode. As an attribute of its
+// own it costs less than a method of its class, which is bound anew at every call.
+PyObject* make_torch_function(PyObject*, PyObject* mode) {
+  return PyCFunction_New(&torch_function_def, mode);
+}
+
 PyMethodDef module_methods[] = {
     {"configure", configure, METH_VARARGS, nullptr},
+    {"torch_function", make_torch_function, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
@@ -132,10 +152,6 @@ PyMODINIT_FUNC PINET_LANE_INIT() {
   pinet::lane_type = pinet::make_lane_type();
   PyObject* type = reinterpret_cast<PyObject*>(pinet::lane_type);
   if (!type || PyModule_AddObjectRef(module, "Lane", type) != 0) return nullptr;
-  THPObjectPtr function(PyCFunction_New(&pinet::torch_function_def, nullptr));
-  if (!function) return nullptr;
-  THPObjectPtr method(PyInstanceMethod_New(function));
-  if (!method || PyModule_AddObjectRef(module, "torch_function", method) != 0) return nullptr;
   if (PyModule_AddFunctions(module, pinet::gradient_methods) != 0) return nullptr;
   if (PyModule_AddFunctions(module, pinet::direct_methods) != 0) return nullptr;
   return module.release();

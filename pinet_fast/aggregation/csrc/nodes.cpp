@@ -237,6 +237,54 @@ struct Embedding final : Boundary {
   }
 };
 
+struct Broadcast final : Boundary {
+  SavedVariable rows, parameter;  // of a product
+  std::vector<int64_t> shape;     // of the leaf
+  bool multiplies = false;
+
+  std::string name() const override { return "StratifiedBroadcastBackward"; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    rows.reset_data();
+    parameter.reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const at::Tensor grad = arrived(*this, grads);
+    check_expected(task_should_compute_output(1));
+    const at::Tensor x = rows.unpack(), p = parameter.unpack();
+    variable_list out;
+    {
+      at::NoGradGuard no_grad;
+      out = compute(grad, x, p);
+    }
+    return once(std::move(out), grad);
+  }
+
+  variable_list compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& p) const {
+    variable_list out(2);
+    if (task_should_compute_output(0)) out[0] = multiplies ? grad * p : grad;
+    out[1] = sums(multiplies ? grad * x : grad);  // in Python nobody knows whether they are wanted
+    return out;
+  }
+
+  at::Tensor sums(const at::Tensor& values) const {
+    const at::Tensor flat = values.dim() == 2 ? values : values.reshape({values.size(0), -1});
+    if (!forward->has_kernels) {
+      static const auto op = find("pinet::stratum_sums");
+      const auto stack = call(op, flat, groups->ids, shape[0], std::string());
+      return stack.back().toTensor().view(shape);
+    }
+    const at::Tensor out = at::empty(shape, values.options());
+    static const auto op = find("pinet_cpp::stratum_sums");
+    call(op, flat, groups->ids, out.view({shape[0], flat.size(1)}));
+    ++forward->calls->sums;
+    return out;
+  }
+};
+
 }  // namespace
 
 at::Tensor linear(const at::Tensor& rows, const at::Tensor& weight,
@@ -286,6 +334,25 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t pad
   node->shape = leaf.sizes().vec();
   node->padding_idx = padding_idx;
   return attach(std::move(out), node, {edge_of(leaf)}, std::move(forward), std::move(groups), kind);
+}
+
+at::Tensor broadcast(const at::Tensor& rows, const at::Tensor& parameter, bool multiplies,
+                     const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     std::shared_ptr<const Groups> groups, int kind) {
+  at::Tensor out;
+  {
+    at::NoGradGuard no_grad;
+    out = multiplies ? rows * parameter : rows + parameter;
+  }
+  auto node = c10::make_intrusive<Broadcast>();
+  if (multiplies) {
+    node->rows = SavedVariable(rows, false);
+    node->parameter = SavedVariable(parameter, false);
+  }
+  node->shape = leaf.sizes().vec();
+  node->multiplies = multiplies;
+  return attach(std::move(out), node, {edge_of(rows), edge_of(leaf)}, std::move(forward),
+                std::move(groups), kind);
 }
 
 }  // namespace pinet

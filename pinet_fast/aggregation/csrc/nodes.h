@@ -1,5 +1,5 @@
-// Boundaries as nodes of the autograd graph: the same as those of `boundary.py` and `lookups.py`,
-// whose docstrings are their specification, for rows [N, D] on a CPU.
+// Boundaries as nodes of the autograd graph: the same as those of `boundary.py`, `lookups.py` and
+// `broadcast.py`, whose docstrings are their specification, for rows [N, ...] on a CPU.
 
 #pragma once
 
@@ -34,6 +34,7 @@ struct Calls {
   std::atomic<int64_t> linear{0};
   std::atomic<int64_t> norm{0};
   std::atomic<int64_t> lookup{0};
+  std::atomic<int64_t> sums{0};
 };
 
 // One forward inside `stratify`: nodes of another one say nothing about its rows.
@@ -82,6 +83,11 @@ at::Tensor layer_norm(const at::Tensor& rows, const at::Tensor& weight, const at
 
 // E[ids] for ids [N] or [N, K]; `padding_idx` is in 0..V-1, or -1 for none.
 at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t padding_idx,
+                     const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     std::shared_ptr<const Groups> groups, int kind);
+
+// rows + parameter, or rows * parameter, for a parameter with the shape of one row.
+at::Tensor broadcast(const at::Tensor& rows, const at::Tensor& parameter, bool multiplies,
                      const at::Tensor& leaf, std::shared_ptr<Forward> forward,
                      std::shared_ptr<const Groups> groups, int kind);
 
