@@ -136,6 +136,7 @@ def test_aggregated_step_of_the_reference_backend(
     batch = full_batch(num_strata)
     check_gradient(batch, "bce", rule)
     aggregated, plain, opt = steps(batch, "bce", rule)
-    result = paired(aggregated, plain)
+    # Ratios of 40 rounds differ by several percent from run to run where a host is busy.
+    result = paired(aggregated, plain, rounds=120)
     assert result.ratio > 0
     assert opt.report.leak == "proven"

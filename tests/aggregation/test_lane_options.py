@@ -13,6 +13,7 @@ import torch
 from support.lanes import (
     WARM_UP,
     Batch,
+    D,
     Small,
     Trail,
     assert_same,
@@ -181,6 +182,23 @@ def test_the_lane_takes_the_kernels_of_a_forced_backend(monkeypatch: pytest.Monk
     ours, _ = with_lane_and_python()
     assert sum(ours.num_in_python[4:]) == 0
     assert all(op[1] == "reference" for op, _ in ours.entries[-1]["calls of kernels"])
+
+
+def test_sums_and_products_take_the_kernels_of_a_forced_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(_env.BACKEND, "reference")
+
+    def forward(model: Small, batch: Batch) -> Tensor:
+        rows = batch.numbers(batch.num_rows, D, D) + model.up.weight
+        return per_row(rows.sum(1) * model.norm.weight + model.norm.bias)
+
+    ours, _ = compare(Small, batches(5), forward=forward)
+    assert sum(ours.num_in_python[4:]) == 0
+    before, after = (dict(ours.entries[i]["calls of kernels"]) for i in (-2, -1))
+    sums = "stratum_sums", "reference"
+    assert after[sums] == before[sums] + 3
+    assert all(backend == "reference" for _, backend in after)
 
 
 @pytest.mark.parametrize("dim", [256, 257])
