@@ -24,6 +24,20 @@ constexpr int64_t kFewChunks = 8;
 // Every chunk may have sums for every stratum: this bounds their memory.
 constexpr int64_t kMaxChunks = 128;
 
+// Calls work(i) for i in 0..count - 1; threads take them as they come.
+template <class Work>
+void in_turn(int64_t count, bool serial, const Work& work) {
+  std::atomic<int64_t> next{0};
+  auto take = [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) work(i);
+  };
+  if (serial || count < 2) {
+    take(0, 1);
+  } else {
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
+  }
+}
+
 class RowChunks {
  public:
   RowChunks(int64_t num_rows, int64_t width)
@@ -32,20 +46,14 @@ class RowChunks {
                         (num_rows + kMaxChunks - 1) / kMaxChunks})) {}
 
   int64_t count() const { return (num_rows_ + step_ - 1) / step_; }
+  int64_t step() const { return step_; }
 
   // Calls work(chunk, from, to) for every chunk; threads take chunks as they come.
   template <class Work>
   void run(bool serial, const Work& work) const {
-    std::atomic<int64_t> next{0};
-    auto take = [&](int64_t, int64_t) {
-      for (int64_t i = next++; i < count(); i = next++)
-        work(i, i * step_, std::min((i + 1) * step_, num_rows_));
-    };
-    if (serial || count() < 2) {
-      take(0, 1);
-    } else {
-      torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
-    }
+    in_turn(count(), serial, [&](int64_t i) {
+      work(i, i * step_, std::min((i + 1) * step_, num_rows_));
+    });
   }
 
  private:

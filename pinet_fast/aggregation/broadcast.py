@@ -6,6 +6,7 @@ would hold values of single rows.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,8 @@ from pinet_fast.aggregation.first_order import first_order
 from pinet_fast.kernels import stratum_sums
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pinet_fast.aggregation.layout import RowLayout
     from pinet_fast.aggregation.leaves import Term
     from pinet_fast.aggregation.strata_index import RowGroups
@@ -36,15 +39,20 @@ class StratifiedBroadcast(torch.autograd.Function):
         groups: RowGroups,
         layout: RowLayout,
         term: Term | None,
+        is_first: bool,
     ) -> Tensor:
         if multiply:
             ctx.save_for_backward(rows, parameter, parameter)
         ctx.multiply = multiply
         ctx.term = term  # read by losses.mark_terms
         ctx.shapes = rows.shape, parameter.shape
+        ctx.are_complex = rows.is_complex(), parameter.is_complex()
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
-        return rows * parameter if multiply else rows + parameter
+        if not multiply:
+            return rows + parameter
+        # Complex products of exchanged sides differ in the last bit.
+        return parameter * rows if is_first else rows * parameter
 
     @staticmethod
     @first_order
@@ -52,11 +60,14 @@ class StratifiedBroadcast(torch.autograd.Function):
         grad_rows, product = grad, grad
         if ctx.multiply:
             rows, parameter, _ = ctx.saved_tensors
-            grad_rows, product = grad * parameter, grad * rows
+            grad_rows, product = grad * parameter.conj(), grad * rows.conj()
         rows_shape, shape = ctx.shapes
-        sums = _strata_to(product, shape, ctx.groups, ctx.layout)
-        for_rows = _sum_to(grad_rows, rows_shape) if ctx.needs_input_grad[0] else None
-        return for_rows, None, sums, None, None, None, None
+        of_rows, of_parameter = ctx.are_complex
+        sums = _strata_to(_real(product, of_parameter), shape, ctx.groups, ctx.layout)
+        for_rows = None
+        if ctx.needs_input_grad[0]:
+            for_rows = _sum_to(_real(grad_rows, of_rows), rows_shape)
+        return for_rows, None, sums, None, None, None, None, None
 
 
 class StratifiedDivision(torch.autograd.Function):
@@ -84,11 +95,14 @@ class StratifiedDivision(torch.autograd.Function):
         rows, parameter, _ = ctx.saved_tensors
         above, below = (parameter, rows) if ctx.by_rows else (rows, parameter)
         # As torch computes them, product by product.
-        for_above = grad / below
-        for_below = -grad * ((above / below) / below)
+        for_above = grad / below.conj()
+        for_below = -grad * ((above / below) / below).conj()
         of_rows, of_parameter = (for_below, for_above) if ctx.by_rows else (for_above, for_below)
+        of_parameter = _real(of_parameter, parameter.is_complex())
         sums = _strata_to(of_parameter, parameter.shape, ctx.groups, ctx.layout)
-        for_rows = _sum_to(of_rows, rows.shape) if ctx.needs_input_grad[0] else None
+        for_rows = None
+        if ctx.needs_input_grad[0]:
+            for_rows = _sum_to(_real(of_rows, rows.is_complex()), rows.shape)
         return for_rows, None, sums, None, None, None
 
 
@@ -135,12 +149,32 @@ def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
     return rows.sum(dims).reshape(shape) if dims else rows
 
 
-def _strata_to(values: Tensor, shape: torch.Size, groups: RowGroups, layout: RowLayout) -> Tensor:
-    """Sum the rows of each stratum, and over what broadcasting added: [S, *shape]."""
-    own = shape[1:] if len(shape) == values.dim() and shape[0] == 1 else shape
-    if layout.dim == 0 and values.dim() > 1 and own == values.shape[1:]:
-        # A value of its own for every number of a row: csrc/nodes.cpp does the same.
-        sums: Tensor = stratum_sums(values.flatten(1), groups.ids, groups.num_strata)
-        return sums.view(-1, *shape)
-    parts = groups.split(values.movedim(layout.dim, 0))
-    return torch.stack([_sum_to(part.movedim(0, layout.dim), shape) for part in parts])
+def _real(grad: Tensor, of_complex: bool) -> Tensor:
+    """Return what of the gradient of a complex result belongs to an operand."""
+    return grad.real if grad.is_complex() and not of_complex else grad
+
+
+def _strata_to(
+    values: Tensor, shape: Sequence[int], groups: RowGroups, layout: RowLayout
+) -> Tensor:
+    """Sum the rows of each stratum, and over what broadcasting added: [S, *shape].
+
+    First over the other dimensions, one sum for each row, so that one kernel does the rest whatever
+    S is; ``csrc/nodes.cpp`` does the same.
+    """
+    if values.is_complex():
+        pairs = _strata_to(torch.view_as_real(values.resolve_conj()), (*shape, 2), groups, layout)
+        return torch.view_as_complex(pairs)
+    extra = values.dim() - len(shape)
+    repeated = [
+        dim
+        for dim, size in enumerate(values.shape)
+        if dim != layout.dim and size != 1 and (dim < extra or shape[dim - extra] == 1)
+    ]
+    if repeated:
+        wide = torch.promote_types(values.dtype, torch.float32)
+        values = values.sum(repeated, keepdim=True, dtype=wide)
+    rows = values.movedim(layout.dim, 0) if layout.dim else values
+    flat = rows if rows.dim() == 2 else rows.reshape(rows.shape[0], math.prod(shape))
+    sums: Tensor = stratum_sums(flat, groups.ids, groups.num_strata)
+    return sums.view(groups.num_strata, *shape)

@@ -64,7 +64,10 @@ def _broadcast(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> An
         term = mode.term_leaf(root, op, layout)
         leaf = term.leaf
     groups = mode.rows.groups_along(layout)
-    return apply(StratifiedBroadcast, rows, root.detached(), leaf, multiply, groups, layout, term)
+    return apply(
+        StratifiedBroadcast, rows, root.detached(), leaf, multiply, groups, layout, term,
+        of_left is not None,
+    )  # fmt: skip
 
 
 def _layout_of(

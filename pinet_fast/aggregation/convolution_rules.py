@@ -35,7 +35,8 @@ def _conv1d(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     roots = mode.root_of(weight), mode.root_of(bias)
     padded = _padding(padding, stride, dilation, weight)
     layout = None
-    if mode.root_of(rows) is None and rows.dim() == 3 and padded is not None:
+    is_usual = rows.dim() == 3 and padded is not None and not weight.is_complex()
+    if mode.root_of(rows) is None and is_usual:
         layout = mode.find((rows.shape[0], -1, -1), rows, roots, "conv1d")
     if layout is None or padded is None:
         return slice_rule(mode, func, args, kwargs)

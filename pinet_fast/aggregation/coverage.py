@@ -51,7 +51,10 @@ _KERNELS = {
     ),
     **dict.fromkeys(("embedding", "embedding_bag"), "stratified_embedding_reduce"),
     "layer_norm": "stratified_norm_backward",
-    "group_norm": "stratum_sums",
+    **dict.fromkeys(
+        ("group_norm", "rms_norm", "prelu", "add", "sub", "subtract", "mul", "multiply", "div"),
+        "stratum_sums",
+    ),
 }
 
 

@@ -28,8 +28,8 @@ def refuse_outside_envelope(
     """Refuse what would train something else than it says.
 
     Raises:
-        AggregationError: Several ranks, sharded parameters, or CUDA graph capture while the leak
-            check is armed.
+        AggregationError: Several ranks, sharded or complex parameters, or CUDA graph capture while
+            the leak check is armed.
     """
     # Every step asks, so what is never so in most processes is told without a call for it.
     if _HAS_RANKS and torch.distributed.is_initialized():
@@ -38,6 +38,8 @@ def refuse_outside_envelope(
         sharding = sys.modules.get("torch.distributed.tensor")  # nobody has one without this import
         if sharding is not None:
             _refuse_sharded(parameters, names, sharding)
+    if any(map(Tensor.is_complex, parameters)):
+        _refuse_complex(parameters, names)
     # Nothing is captured before CUDA is initialised; asking for that is cheap.
     initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     capturing = initialised and torch.cuda.is_current_stream_capturing()
@@ -115,6 +117,15 @@ def _refuse_ranks() -> None:
             'reduced across ranks yet; train on one, or use rule="joint" or "backdoor", which '
             "need none"
         )
+
+
+def _refuse_complex(parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+    name, p = next(it for it in zip(names, parameters, strict=True) if it[1].is_complex())
+    raise AggregationError(
+        f"stratify: {name} is {str(p.dtype).removeprefix('torch.')}, and rules compare stratum "
+        "gradients of real parameters; keep it as nn.Parameter(torch.view_as_real(p)) and use "
+        'torch.view_as_complex(p) in the forward, or use rule="joint" or "backdoor"'
+    )
 
 
 def _refuse_sharded(parameters: Sequence[Tensor], names: Sequence[str], sharding: Any) -> None:

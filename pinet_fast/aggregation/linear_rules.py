@@ -35,6 +35,8 @@ def _linear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
             f"{mode.describe([rows, weight])}, the other way round; write "
             "F.linear(rows, parameter).T, or mark what belongs to no user by `with opt.shared():`"
         )
+    if weight.is_complex():  # our kernels take real numbers, here and below
+        return slice_rule(mode, func, args, kwargs)
     shape = tuple(rows.shape[:-1])
     layout = mode.find(shape, rows, (weight_root, bias_root), "linear")
     if layout is None:
@@ -62,7 +64,7 @@ def _matmul_arguments(input: Any, other: Any = None, *, mat2: Any = None) -> Arg
 def _matmul(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     rows, weight = bind(_matmul_arguments, args, kwargs)
     root = mode.root_of(weight)
-    if root is None or weight.dim() != 2 or rows.dim() < 2:
+    if root is None or weight.dim() != 2 or rows.dim() < 2 or weight.is_complex():
         return slice_rule(mode, func, args, kwargs)  # the parameter on the left, one a head, ...
     shape = tuple(rows.shape[:-1])
     layout = mode.find(shape, rows, (root,), "matmul")
@@ -83,7 +85,7 @@ def _addmm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any:
     bias, rows, weight, beta, alpha = bind(_addmm_arguments, args, kwargs)
     roots = mode.root_of(bias), mode.root_of(weight)
     is_linear = bias.dim() == 1 and beta == 1 and alpha == 1 and None not in roots
-    if not is_linear or mode.root_of(rows) is not None:
+    if not is_linear or weight.is_complex() or mode.root_of(rows) is not None:
         return slice_rule(mode, func, args, kwargs)
     layout = mode.find((rows.shape[0],), rows, roots, "addmm")
     if layout is None:

@@ -123,7 +123,8 @@ def _rms_norm(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
     normed = F.rms_norm(rows, normalized_shape, None, eps)
     leaf = mode.dense_leaf(root, "rms_norm", layout)
     groups = mode.rows.groups_along(layout)
-    return apply(StratifiedBroadcast, normed, root.detached(), leaf, True, groups, layout, None)
+    scale = root.detached()
+    return apply(StratifiedBroadcast, normed, scale, leaf, True, groups, layout, None, False)
 
 
 def norm_rules() -> dict[Any, BoundaryRule]:

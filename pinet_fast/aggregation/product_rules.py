@@ -82,6 +82,8 @@ def _contracted(
     letters = Letters(terms[1 - place], terms[place], terms[2])
     if not _is_plain(letters, rows, root.tensor):
         return None
+    if rows.is_complex() and not letters.batched:
+        return None  # it would be a linear layer, and its kernels take real numbers
     # Where the parameter has values of its own there are no rows; it may be expanded over them.
     own = {c for c, stride in zip(letters.weight, root.tensor.stride(), strict=True) if stride != 0}
     sizes = tuple(
@@ -132,7 +134,7 @@ def _bilinear(mode: Interception, func: Func, args: Args, kwargs: Kwargs) -> Any
     left, right, weight, bias = bind(_bilinear_arguments, args, kwargs)
     roots = mode.root_of(weight), mode.root_of(bias)
     layout = None
-    if mode.root_of(left) is None and mode.root_of(right) is None:
+    if mode.root_of(left) is None and mode.root_of(right) is None and not weight.is_complex():
         shape = tuple(left.shape[:-1])
         layout = mode.find(shape, left, roots, "bilinear")
         if layout != mode.find(tuple(right.shape[:-1]), right, roots, "bilinear"):

@@ -129,6 +129,7 @@ def _by_stratum(
     ctx: Any, grad: Tensor, rows: Tensor, weight: Tensor
 ) -> tuple[Tensor | None, Tensor]:
     letters, groups = ctx.letters, ctx.groups
+    rows, weight = rows.conj(), weight.conj()
     for_rows = None
     if ctx.needs_input_grad[0]:
         for_rows = torch.einsum(f"{letters.out},{letters.weight}->{letters.rows}", grad, weight)

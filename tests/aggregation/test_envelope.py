@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,21 @@ def test_functional_call_with_tensors_computed_of_parameters_is_exact() -> None:
 
     for got, theirs in zip(stratum_gradients(parameters, S, run), expected, strict=True):
         torch.testing.assert_close(got, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["one-pass", "exact"])
+def test_a_complex_parameter_is_refused_by_name(mode: Any) -> None:
+    model = nn.Linear(D, 1, dtype=torch.complex64)
+    sgd = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    opt = GradientAggregator(sgd, "agreement", mode=mode)
+    expected = r"weight is complex64.*nn\.Parameter\(torch\.view_as_real\(p\)\)"
+    with pytest.raises(AggregationError, match=expected), opt.stratify(IDS):
+        pass
+    opt = GradientAggregator(sgd, "joint")
+    with opt.stratify(IDS):
+        losses = model(torch.randn(B, D, dtype=torch.complex64)).abs().squeeze(1)
+    opt.backward(losses)
+    assert model.weight.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")

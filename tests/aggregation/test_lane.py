@@ -33,7 +33,8 @@ class Small(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.up = nn.Linear(D, D)
         self.down = nn.Linear(D, D, bias=False)
-        self.place = nn.Parameter(torch.randn(1, K, D))  # of sums and products alone
+        self.place = nn.Parameter(torch.randn(1, K, D))  # these of sums and products alone
+        self.number = nn.Parameter(torch.randn(()))
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.items(batch.ids(V, batch.num_rows))
@@ -116,6 +117,12 @@ SERVED: dict[str, Callable[[Small, Batch], Tensor]] = {
     "torch.mul": lambda m, b: per_row(torch.mul(m.norm.weight, rows(b))),
     "Tensor.mul": lambda m, b: per_row(m.norm.weight.mul(rows(b))),
     "positions": lambda m, b: per_row(several(b) + m.place),
+    "a sum over positions": lambda m, b: per_row(several(b) + m.norm.weight),
+    "a product over positions": lambda m, b: per_row(several(b) * m.norm.weight),
+    "a number": lambda m, b: per_row(several(b) * m.number),
+    "a number a row": lambda m, b: per_row(rows(b).sum(1) * m.number + m.number),
+    "over what is repeated": lambda m, b: per_row(b.numbers(b.num_rows, 2, K, D) * m.place),
+    "columns of one": lambda m, b: per_row(rows(b).unsqueeze(1) + m.norm.weight),
     "gates of positions": lambda m, b: per_row(several(b) * m.place),
     "a matrix for each row": lambda m, b: per_row(b.numbers(b.num_rows, D, D) + m.up.weight),
     "strided sums": lambda m, b: per_row(b.numbers(b.num_rows, D, K).transpose(1, 2) + m.place),
@@ -163,7 +170,6 @@ LEFT: dict[str, Callable[[Small, Batch], Tensor]] = {
     "a quotient": lambda m, b: per_row(rows(b) / m.norm.weight.abs()),
     "a sum in place": lambda m, b: per_row(rows(b).clone().add_(m.norm.weight)),
     "a keyword": lambda m, b: per_row(torch.add(rows(b), other=m.norm.weight)),
-    "a sum over positions": lambda m, b: per_row(several(b) + m.norm.weight),
     "columns": lambda m, b: per_row(rows(b).unsqueeze(2) + m.norm.weight),
     "one number a row": lambda m, b: per_row(rows(b)[:, :1] + m.norm.weight),
     "numbers of rows": lambda m, b: per_row(rows(b).sum(1) * m.norm.weight[0]),
@@ -215,6 +221,22 @@ def test_an_odd_batch_among_others(what: str) -> None:
     steps[4] = ODD[what]
     ours, _ = compare(Small, steps, forward=small, catches=PinetError)
     assert ours.num_in_python[-1] == 0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_as_many_positions_as_users(is_first: bool) -> None:
+    """Where a dimension beside the rows is as long as theirs, Python asks the graph."""
+    steps = [Batch([2, 0, 1, *extra], seed=i) for i, extra in enumerate([[0], [1, 1], [2], [], []])]
+
+    def forward(model: Small, batch: Batch) -> Tensor:
+        x = several(batch)
+        if not is_first:
+            x = model.up(rows(batch)).unsqueeze(1) + x
+        return per_row((x + model.place) * model.norm.weight)
+
+    ours, _ = compare(Small, steps, forward=forward)
+    # Positions are the parameter's own dimension in the sum, and are not in the product.
+    assert ours.num_in_python[2:] == ([0, 1, 1] if is_first else [1, 2, 2])
 
 
 def test_rows_may_be_of_users_and_events_at_once() -> None:

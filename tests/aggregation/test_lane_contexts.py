@@ -240,6 +240,27 @@ def test_checkpointed_parts() -> None:
     assert ours.num_in_python[-1] == theirs.num_in_python[-1] - 2
 
 
+def test_replays_know_the_rows_that_the_lane_noted() -> None:
+    """As many positions as users: in the backward too only the graph tells which are the rows."""
+
+    class Placed(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place = nn.Parameter(torch.randn(3, D))
+
+    def forward(model: Placed, batch: Batch) -> Tensor:
+        x = batch.numbers(batch.num_users, 3, D) + model.place
+        if batch.seed < WARM_UP:
+            return per_row(x)
+        h = checkpoint(lambda x: model.up(F.dropout(x, 0.5)), x, use_reentrant=False)
+        return per_row(x + h)
+
+    steps = [Batch([2, 0, 1, 1], seed=i) for i in range(WARM_UP)]
+    steps += [Batch([2, 0, 1], seed=WARM_UP + i) for i in range(3)]
+    ours, theirs = compare(Placed, steps, forward=forward)
+    assert ours.num_in_python[-1] == theirs.num_in_python[-1] - 1
+
+
 def test_reentrant_checkpoints_are_refused_alike() -> None:
     def forward(model: Small, batch: Batch) -> Tensor:
         x = model.items(batch.ids(V, batch.num_rows))

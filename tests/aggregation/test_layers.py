@@ -321,7 +321,6 @@ def test_coverage_says_who_computes() -> None:
         losses = model(torch.randint(9, (3,))).square().sum(1)
     opt.backward(losses)
     backends = {entry.op: entry.backend for entry in opt.coverage()}
-    assert backends["prelu"] == "torch"
-    for op in ("embedding", "layer_norm", "linear"):
+    for op in ("embedding", "layer_norm", "linear", "prelu"):
         assert set(backends[op].split("+")) <= {"reference", "cpp", "triton"}
         assert backends[op] in str(opt.coverage())

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from support.boundaries import assert_exact, leaf, per_row
 from torch import Tensor, nn
 
+from pinet_fast.aggregation import GradientAggregator
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -56,6 +58,18 @@ def test_every_form(data: st.DataObject) -> None:
 
     found = assert_exact(losses, [p], ids, S, below=[x])
     assert {entry.rule for entry in found} == {"boundary"}
+
+
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (4, 0)])
+@pytest.mark.parametrize("form", ["+", "*"])
+def test_nothing_wide(form: str, shape: tuple[int, ...]) -> None:
+    x, p = leaf(6, 4, 0), leaf(*shape)
+    opt = GradientAggregator(torch.optim.SGD([p], lr=0.1), "agreement")
+    with opt.stratify(torch.arange(6) % S):
+        losses = FORMS[form](x, p).sum((1, 2))
+    opt.backward(losses)
+    assert p.grad is not None
+    assert p.grad.shape == shape
 
 
 @pytest.mark.parametrize("form", FORMS)

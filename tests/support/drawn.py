@@ -121,6 +121,11 @@ def _positions(model: Drawn, layer: Any, x: Tensor, batch: Batch) -> Tensor:
     return x + (rows * layer.weight).mean(1)
 
 
+def _gates(model: Drawn, layer: Any, x: Tensor, batch: Batch) -> Tensor:
+    rows = model.items(batch.ids(V, batch.num_rows, K, salt=6)) * layer.weight
+    return x + (rows + x.unsqueeze(1) + layer.weight).mean(1)
+
+
 def _leaf(model: Drawn, layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
     given = batch.numbers(batch.num_rows, model.dim, dtype=model.dtype, salt=4)
     return x + layer(given.requires_grad_())
@@ -151,7 +156,9 @@ BLOCKS: dict[str, tuple[str, Block]] = {
     "strided scale": ("scale", lambda m, f, x, b: _strided(m, lambda y: y * f.weight, x, b)),
     "scale in some batches": ("scale", lambda m, f, x, b: x * f.weight if b.seed % 2 else x),
     "checkpointed scale": ("scale", lambda m, f, x, b: _checkpointed(m, f.weight.mul, x, b)),
+    "number": ("number", lambda m, f, x, b: x * f.weight + f.weight),
     "positions": ("positions", _positions),
+    "gates": ("scale", _gates),
     "weight norm": ("weight norm", lambda m, f, x, b: f(x)),
     "again": ("linear", _again),
     "in some batches": ("linear", _some_batches),
@@ -208,6 +215,8 @@ class Drawn(nn.Module):
             return weight_norm(nn.Linear(dim, dim))
         if kind == "scale":
             return nn.LayerNorm(dim, bias=False)
+        if kind == "number":
+            return nn.PReLU()  # for its weight alone
         if kind in ("row", "positions"):
             return nn.Linear(dim, K if kind == "positions" else 1, bias=False)
         return nn.Identity() if kind == "none" else nn.Linear(dim, dim, bias=kind == "linear")

@@ -30,7 +30,7 @@ WARM_UP = 3
 
 
 class Small(nn.Module):
-    """A table, a norm and a layer: the three boundaries that a lane makes."""
+    """A table, a norm and a layer."""
 
     def __init__(self, dim: int = D) -> None:
         super().__init__()

@@ -12,6 +12,8 @@
 //
 // Determinism. See csrc/row_chunks.h: the same bits for any number of threads. The order of rows
 // inside a chunk is that of their strata, so sorting rows stably changes no more than where chunks end.
+// Where chunks would be shorter than 32 rows, as for sums of whole windows [L * D], threads take
+// columns instead, by the shape alone too.
 
 #pragma once
 
@@ -22,6 +24,9 @@
 namespace pinet {
 
 constexpr int64_t kSumsBlock = 32;
+
+// Columns that a thread takes where rows are wide: sums of 8 strata stay in the second cache.
+constexpr int64_t kSumsColumns = 512;
 
 // Elements under which waking other threads costs more than it saves.
 constexpr int64_t kSumsSerial = 1 << 18;

@@ -83,12 +83,41 @@ PINET_FOR_EACH_ISA(add, add_block,
                    (const Matrix<double>& x, const int64_t* rows, int64_t n, double* sums),
                    (x, rows, n, sums))
 
+void check_range(bool in_range, int64_t strata) {
+  STD_TORCH_CHECK(in_range, "stratum_sums: ids: expected strata in 0..", strata - 1,
+                  ", got others; mend the ids or num_strata");
+}
+
+// Few wide rows: threads take columns, and all rows of them. Chunks of rows would have more sums than
+// they have numbers.
+template <class T>
+void run_by_columns(const Matrix<T>& x, const int64_t* id, int64_t num_rows, int64_t strata,
+                    T* out) {
+  RowsByStratum order;
+  check_range(order.sort(id, 0, num_rows, strata), strata);
+  const int64_t count = (x.width + kSumsColumns - 1) / kSumsColumns;
+  in_turn(count, num_rows * x.width < kSumsSerial, [&](int64_t i) {
+    const int64_t first = i * kSumsColumns, n = std::min(kSumsColumns, x.width - first);
+    const Matrix<T> part{x.data + first, x.stride, n};
+    std::vector<double> sums(strata * n);
+    order.for_each_block(id, kSumsBlock, [&](int64_t s, const int64_t* block, int64_t m) {
+      add(part, block, m, sums.data() + s * n);
+    });
+    for (int64_t s = 0; s < strata; ++s)
+      for (int64_t c = 0; c < n; ++c) out[s * x.width + first + c] = static_cast<T>(sums[s * n + c]);
+  });
+}
+
 template <class T>
 void run_typed(const Tensor& rows, const Tensor& ids, Tensor& out) {
   const int64_t num_rows = rows.size(0), width = rows.size(1), strata = out.size(0);
   const Matrix<T> matrix{rows.const_data_ptr<T>(), rows.stride(0), width};
   const int64_t* id = ids.const_data_ptr<int64_t>();
   const RowChunks chunks(num_rows, width);
+  if (chunks.step() < kSumsBlock && chunks.count() > 1 && width > kSumsColumns) {
+    run_by_columns(matrix, id, num_rows, strata, out.mutable_data_ptr<T>());
+    return;
+  }
   ChunkSums sums(chunks.count(), strata, width);
   std::atomic<bool> in_range{true};
   chunks.run(num_rows * width < kSumsSerial, [&](int64_t chunk, int64_t from, int64_t to) {
@@ -101,8 +130,7 @@ void run_typed(const Tensor& rows, const Tensor& ids, Tensor& out) {
       add(matrix, block, n, sums.open(chunk, s));
     });
   });
-  STD_TORCH_CHECK(in_range, "stratum_sums: ids: expected strata in 0..", strata - 1,
-                  ", got others; mend the ids or num_strata");
+  check_range(in_range, strata);
   sums.write(0, width, out.mutable_data_ptr<T>());
 }
 

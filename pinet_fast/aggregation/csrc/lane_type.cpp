@@ -25,13 +25,11 @@ void refuse() {
   throw std::move(error);
 }
 
-// What belongs to one forward; what was made for parameters stays.
-void forget(Lane* self) {
+// What belongs to a forward that has ended; what was made for parameters stays. So do its rows until
+// the next one begins: replays in its backward ask for the layouts of nodes that were made here.
+void end(Lane* self) {
   if (active == self) active = nullptr;
   Py_CLEAR(self->mode);
-  if (self->rows)
-    for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
-  if (self->rows) self->rows->clear();
   if (self->untold) {
     for (Site* site : *self->untold) site->is_untold = false;
     self->untold->clear();
@@ -41,6 +39,13 @@ void forget(Lane* self) {
   Py_CLEAR(self->dense_leaves);
   Py_CLEAR(self->occurrences);
   Py_CLEAR(self->known);
+}
+
+void forget(Lane* self) {
+  end(self);
+  if (!self->rows) return;
+  for (Rows& rows : *self->rows) Py_CLEAR(rows.layout);
+  self->rows->clear();
 }
 
 }  // namespace
@@ -203,7 +208,7 @@ PyObject* lane_begin(PyObject* object, PyObject* args) {
 }
 
 PyObject* lane_end(PyObject* object, PyObject*) {
-  forget(reinterpret_cast<Lane*>(object));
+  end(reinterpret_cast<Lane*>(object));
   Py_RETURN_NONE;
 }
 

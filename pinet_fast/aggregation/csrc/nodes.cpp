@@ -239,6 +239,7 @@ struct Embedding final : Boundary {
 
 struct Broadcast final : Boundary {
   SavedVariable rows, parameter;  // of a product
+  std::vector<int64_t> repeated;  // dimensions
   std::vector<int64_t> shape;     // of the leaf
   bool multiplies = false;
 
@@ -266,12 +267,15 @@ struct Broadcast final : Boundary {
   variable_list compute(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& p) const {
     variable_list out(2);
     if (task_should_compute_output(0)) out[0] = multiplies ? grad * p : grad;
-    out[1] = sums(multiplies ? grad * x : grad);  // in Python nobody knows whether they are wanted
+    out[1] = sums(multiplies ? grad * x : grad);  // wanted or not, as in Python: kernels are counted
     return out;
   }
 
+  // As `broadcast._strata_to`.
   at::Tensor sums(const at::Tensor& values) const {
-    const at::Tensor flat = values.dim() == 2 ? values : values.reshape({values.size(0), -1});
+    const at::Tensor of_rows = repeated.empty() ? values : values.sum(repeated, true);
+    const at::Tensor flat =
+        of_rows.dim() == 2 ? of_rows : of_rows.reshape({values.size(0), -1});
     if (!forward->has_kernels) {
       static const auto op = find("pinet::stratum_sums");
       const auto stack = call(op, flat, groups->ids, shape[0], std::string());
@@ -337,7 +341,7 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t pad
 }
 
 at::Tensor broadcast(const at::Tensor& rows, const at::Tensor& parameter, bool multiplies,
-                     const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     const std::vector<int64_t>& repeated, const at::Tensor& leaf, std::shared_ptr<Forward> forward,
                      std::shared_ptr<const Groups> groups, int kind) {
   at::Tensor out;
   {
@@ -349,6 +353,7 @@ at::Tensor broadcast(const at::Tensor& rows, const at::Tensor& parameter, bool m
     node->rows = SavedVariable(rows, false);
     node->parameter = SavedVariable(parameter, false);
   }
+  node->repeated = repeated;
   node->shape = leaf.sizes().vec();
   node->multiplies = multiplies;
   return attach(std::move(out), node, {edge_of(rows), edge_of(leaf)}, std::move(forward),

@@ -86,9 +86,9 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t pad
                      const at::Tensor& leaf, std::shared_ptr<Forward> forward,
                      std::shared_ptr<const Groups> groups, int kind);
 
-// rows + parameter, or rows * parameter, for a parameter with the shape of one row.
+// rows + parameter, or rows * parameter, which is repeated along dimension 0 and some others.
 at::Tensor broadcast(const at::Tensor& rows, const at::Tensor& parameter, bool multiplies,
-                     const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     const std::vector<int64_t>& repeated, const at::Tensor& leaf, std::shared_ptr<Forward> forward,
                      std::shared_ptr<const Groups> groups, int kind);
 
 }  // namespace pinet
