@@ -49,10 +49,9 @@ class StratifiedBroadcast(torch.autograd.Function):
         ctx.are_complex = rows.is_complex(), parameter.is_complex()
         ctx.groups = groups
         ctx.layout = layout  # read by provenance.trace
-        if not multiply:
-            return rows + parameter
-        # Complex products of exchanged sides differ in the last bit.
-        return parameter * rows if is_first else rows * parameter
+        # Exchanged sides may give other strides, and complex products another last bit.
+        left, right = (parameter, rows) if is_first else (rows, parameter)
+        return left * right if multiply else left + right
 
     @staticmethod
     @first_order
@@ -141,7 +140,7 @@ class StratifiedPReLU(torch.autograd.Function):
 
 
 def _sum_to(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Sum ``rows`` over the dimensions that broadcasting added; an empty stratum gives zeros."""
+    """Sum ``rows`` over the dimensions that broadcasting added."""
     if rows.shape == shape:
         return rows
     extra = rows.dim() - len(shape)
@@ -159,8 +158,8 @@ def _strata_to(
 ) -> Tensor:
     """Sum the rows of each stratum, and over what broadcasting added: [S, *shape].
 
-    First over the other dimensions, one sum for each row, so that one kernel does the rest whatever
-    S is; ``csrc/nodes.cpp`` does the same.
+    First over the other dimensions, by torch, one sum for each row, so that one kernel does the
+    rest whatever S is; ``csrc/nodes.cpp`` does the same.
     """
     if values.is_complex():
         pairs = _strata_to(torch.view_as_real(values.resolve_conj()), (*shape, 2), groups, layout)

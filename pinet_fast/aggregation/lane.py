@@ -3,8 +3,8 @@
 At small batches a step costs what its Python costs. Once the leak check has proven a model, most of
 the interception's decisions are the same in every step, and ``csrc/`` makes them without Python:
 it passes on calls that no parameter takes part in, and makes the boundaries of linear layers, layer
-norms, lookups, and sums and products with a parameter of a row's shape, whose sites are settled,
-whose rows are [N, ...] with the batch's events or users in dimension 0, on a CPU. Their nodes
+norms, lookups, and sums and products with a parameter, whose sites are settled, whose rows are
+[N, ...] with the batch's events or users in dimension 0, on a CPU. Their nodes
 compute what the functions of ``boundary.py``, ``lookups.py`` and ``broadcast.py`` do, with the same
 kernels and the same bits; where another backend than the compiled one serves, they call its op.
 Whatever is otherwise is left to

@@ -82,8 +82,9 @@ def _contracted(
     letters = Letters(terms[1 - place], terms[place], terms[2])
     if not _is_plain(letters, rows, root.tensor):
         return None
-    if rows.is_complex() and not letters.batched:
-        return None  # it would be a linear layer, and its kernels take real numbers
+    are_complex = {rows.is_complex(), root.tensor.is_complex()}
+    if len(are_complex) > 1 or (True in are_complex and not letters.batched):
+        return None  # a linear layer's kernels take real numbers
     # Where the parameter has values of its own there are no rows; it may be expanded over them.
     own = {c for c, stride in zip(letters.weight, root.tensor.stride(), strict=True) if stride != 0}
     sizes = tuple(

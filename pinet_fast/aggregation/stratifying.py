@@ -132,7 +132,8 @@ class StratifyingOptimizer(OptimizerWrapper):
 
         Raises:
             AggregationError: Contexts of one aggregator are nested, or something that is outside
-                what stratum gradients can do: several ranks, sharded parameters.
+                what stratum gradients can do: several ranks, sharded or complex
+                parameters.
             StrataError: Ids out of range or another number of strata than before.
             ConfigError: An unknown reduction, or a name in ``rows`` that no parameter has.
         """

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import skip_code
 
 from pinet_fast.aggregation.interception import Interception
-from pinet_fast.aggregation.roots import func_name
+from pinet_fast.aggregation.roots import func_name, tensors_among
 from pinet_fast.aggregation.trace import Trace
 from pinet_fast.aggregation.traced_rules import traced_call
 
@@ -79,6 +79,8 @@ class TraceableInterception(Interception):
         known = len(self._occurrences)
         out = super()._boundary_or_derived(func, args, kwargs)
         if self.trace is None and len(self._occurrences) != known:
+            if any(map(Tensor.is_complex, tensors_among((*args, out), kwargs))):
+                self.plan.refuse(f"{func_name(func)} of complex tensors has no traced form")
             self.plan.note_call(func, func_name(func))
         return out
 

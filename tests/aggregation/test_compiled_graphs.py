@@ -129,6 +129,18 @@ class EvaluatedNorm(Base):
         return self.norm(self.items(ids).transpose(1, 2)).square().sum((1, 2))
 
 
+class Filter(Base):
+    """A filter of frequencies: products of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(D))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(self.items(ids), dim=1) * self.gate
+        return torch.fft.irfft(spectrum, n=ids.shape[1], dim=1).square().sum((1, 2))
+
+
 class Branching(Tied):
     """A part that only later batches use."""
 
@@ -233,7 +245,11 @@ def test_no_break_and_full_graphs() -> None:
 
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(Convolution, "conv1d has no traced form"), (EvaluatedNorm, "batch_norm runs once a stratum")],
+    [
+        (Convolution, "conv1d has no traced form"),
+        (EvaluatedNorm, "batch_norm runs once a stratum"),
+        (Filter, "mul of complex tensors has no traced form"),
+    ],
 )
 def test_what_has_no_traced_form_runs_eagerly(
     make: Callable[[], nn.Module], why: str, caplog: pytest.LogCaptureFixture

@@ -41,6 +41,17 @@ PRODUCTS: dict[str, tuple[tuple[int, ...], str, Callable[[Any, Any], Tensor]]] =
     "einsum": ((D, D), "slice", lambda x, p: torch.einsum("bfd,de->bfe", x, p)),
     "einsum, batched": ((BINS, D, D), "boundary", lambda x, p: torch.einsum("bfd,fde->bfe", x, p)),
     "bmm": ((BINS, D, D), "boundary", lambda x, p: torch.bmm(x.transpose(0, 1), p).transpose(0, 1)),
+    "einsum, complex by name": (
+        (BINS, D),
+        "boundary",
+        lambda x, p: torch.einsum("bfd,fd->bfd", x, p),
+    ),
+    "einsum of real rows": (
+        (BINS, D),
+        "slice",
+        lambda x, p: torch.einsum("bfd,fd->bfd", x.real, p),
+    ),
+    "outer product": ((2,), "slice", lambda x, p: torch.einsum("bfd,e->bfde", x, p).sum(3)),
     "conv1d": ((D, D, 1), "slice", lambda x, p: F.conv1d(x.mT, p).mT),
 }
 

@@ -126,6 +126,10 @@ SERVED: dict[str, Callable[[Small, Batch], Tensor]] = {
     "gates of positions": lambda m, b: per_row(several(b) * m.place),
     "a matrix for each row": lambda m, b: per_row(b.numbers(b.num_rows, D, D) + m.up.weight),
     "strided sums": lambda m, b: per_row(b.numbers(b.num_rows, D, K).transpose(1, 2) + m.place),
+    "strides of sides": lambda m, b: per_row(
+        (m.place * b.numbers(b.num_rows, D, K).transpose(1, 2)).view(b.num_rows, -1)
+        + (m.place + b.numbers(b.num_rows, D, K).transpose(1, 2)).view(b.num_rows, -1)
+    ),
     "a sum of expanded rows": lambda m, b: per_row(
         b.numbers(1, D).expand(b.num_rows, D) * m.norm.weight + m.norm.bias
     ),

@@ -12,8 +12,8 @@
 //
 // Determinism. See csrc/row_chunks.h: the same bits for any number of threads. The order of rows
 // inside a chunk is that of their strata, so sorting rows stably changes no more than where chunks end.
-// Where chunks would be shorter than 32 rows, as for sums of whole windows [L * D], threads take
-// columns instead, by the shape alone too.
+// Where rows are wide, as for sums of whole windows [L * D], threads take columns instead, by the shape
+// alone too: from 16384 columns on, and from 513 where chunks would be shorter than 32 rows.
 
 #pragma once
 
@@ -27,6 +27,7 @@ constexpr int64_t kSumsBlock = 32;
 
 // Columns that a thread takes where rows are wide: sums of 8 strata stay in the second cache.
 constexpr int64_t kSumsColumns = 512;
+constexpr int64_t kSumsWide = 16384;
 
 // Elements under which waking other threads costs more than it saves.
 constexpr int64_t kSumsSerial = 1 << 18;

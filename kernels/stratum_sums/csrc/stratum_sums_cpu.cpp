@@ -88,8 +88,8 @@ void check_range(bool in_range, int64_t strata) {
                   ", got others; mend the ids or num_strata");
 }
 
-// Few wide rows: threads take columns, and all rows of them. Chunks of rows would have more sums than
-// they have numbers.
+// Wide rows: threads take columns, and all rows of them. Chunks of rows would have as many sums as
+// numbers, or more.
 template <class T>
 void run_by_columns(const Matrix<T>& x, const int64_t* id, int64_t num_rows, int64_t strata,
                     T* out) {
@@ -114,7 +114,8 @@ void run_typed(const Tensor& rows, const Tensor& ids, Tensor& out) {
   const Matrix<T> matrix{rows.const_data_ptr<T>(), rows.stride(0), width};
   const int64_t* id = ids.const_data_ptr<int64_t>();
   const RowChunks chunks(num_rows, width);
-  if (chunks.step() < kSumsBlock && chunks.count() > 1 && width > kSumsColumns) {
+  const bool is_wide = width >= kSumsWide || (width > kSumsColumns && chunks.step() < kSumsBlock);
+  if (is_wide && chunks.count() > 1) {
     run_by_columns(matrix, id, num_rows, strata, out.mutable_data_ptr<T>());
     return;
   }

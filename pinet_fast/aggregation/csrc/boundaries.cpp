@@ -296,7 +296,8 @@ std::optional<std::vector<int64_t>> repeated_dims(const Lane* lane, const at::Te
 PyObject* try_broadcast(Lane* lane, Op op, PyObject* args, PyObject* kwargs) {
   if (PyTuple_GET_SIZE(args) != 2 || (kwargs && PyDict_GET_SIZE(kwargs))) return nullptr;
   PyObject *input = PyTuple_GET_ITEM(args, 0), *value = PyTuple_GET_ITEM(args, 1);
-  if (lane->parameters->count(input)) std::swap(input, value);
+  const bool is_first = lane->parameters->count(input) != 0;
+  if (is_first) std::swap(input, value);
   // A frozen parameter holds no rows, though it may be as long.
   if (Py_TYPE(input) != reinterpret_cast<PyTypeObject*>(THPVariableClass)) return nullptr;
   const at::Tensor& rows = THPVariable_Unpack(input);
@@ -314,8 +315,8 @@ PyObject* try_broadcast(Lane* lane, Op op, PyObject* args, PyObject* kwargs) {
   at::Tensor out;
   {
     LongCall call(rows.numel());
-    out = broadcast(rows, parameter->detached, op == kProduct, *repeated, parameter->leaf,
-                    *lane->forward, (*lane->rows)[kind].groups, kind);
+    out = broadcast(rows, parameter->detached, op == kProduct, is_first, *repeated,
+                    parameter->leaf, *lane->forward, (*lane->rows)[kind].groups, kind);
   }
   if (!use_dense(lane, *parameter)) return nullptr;
   count_use(lane, *site);

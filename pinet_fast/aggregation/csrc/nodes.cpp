@@ -341,12 +341,14 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t pad
 }
 
 at::Tensor broadcast(const at::Tensor& rows, const at::Tensor& parameter, bool multiplies,
-                     const std::vector<int64_t>& repeated, const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     bool is_first, const std::vector<int64_t>& repeated, const at::Tensor& leaf,
+                     std::shared_ptr<Forward> forward,
                      std::shared_ptr<const Groups> groups, int kind) {
   at::Tensor out;
   {
     at::NoGradGuard no_grad;
-    out = multiplies ? rows * parameter : rows + parameter;
+    const at::Tensor &left = is_first ? parameter : rows, &right = is_first ? rows : parameter;
+    out = multiplies ? left * right : left + right;
   }
   auto node = c10::make_intrusive<Broadcast>();
   if (multiplies) {

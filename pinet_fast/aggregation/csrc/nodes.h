@@ -87,8 +87,10 @@ at::Tensor embedding(const at::Tensor& ids, const at::Tensor& table, int64_t pad
                      std::shared_ptr<const Groups> groups, int kind);
 
 // rows + parameter, or rows * parameter, which is repeated along dimension 0 and some others.
+// `is_first`: the parameter stands on the left.
 at::Tensor broadcast(const at::Tensor& rows, const at::Tensor& parameter, bool multiplies,
-                     const std::vector<int64_t>& repeated, const at::Tensor& leaf, std::shared_ptr<Forward> forward,
+                     bool is_first, const std::vector<int64_t>& repeated, const at::Tensor& leaf,
+                     std::shared_ptr<Forward> forward,
                      std::shared_ptr<const Groups> groups, int kind);
 
 }  // namespace pinet
