@@ -14,6 +14,8 @@
 #include <memory>
 #include <vector>
 
+#include "in_turn.h"
+
 namespace pinet {
 
 // Elements of a chunk: a hundredth of a millisecond of work, which outweighs handing it out. Where
@@ -23,20 +25,6 @@ constexpr int64_t kFewChunks = 8;
 
 // Every chunk may have sums for every stratum: this bounds their memory.
 constexpr int64_t kMaxChunks = 128;
-
-// Calls work(i) for i in 0..count - 1; threads take them as they come.
-template <class Work>
-void in_turn(int64_t count, bool serial, const Work& work) {
-  std::atomic<int64_t> next{0};
-  auto take = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) work(i);
-  };
-  if (serial || count < 2) {
-    take(0, 1);
-  } else {
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
-  }
-}
 
 class RowChunks {
  public:

@@ -1,11 +1,8 @@
-// How attention is cut into pieces of work, from the lengths alone, and who does which.
+// How attention is cut into pieces of work, from the lengths alone.
 
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -57,20 +54,6 @@ inline std::vector<Piece> cut(const int64_t* offsets, int64_t users, int64_t hea
   std::stable_sort(pieces.begin(), pieces.end(),
                    [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
   return pieces;
-}
-
-// Calls work(i) for every i < count; threads take them as they come.
-template <class Work>
-void for_each_piece(int64_t count, bool serial, const Work& work) {
-  std::atomic<int64_t> next{0};
-  auto take = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) work(i);
-  };
-  if (serial || count < 2) {
-    take(0, 1);
-  } else {
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, take);
-  }
 }
 
 }  // namespace pinet

@@ -9,6 +9,7 @@
 
 #include "attention_rows.h"
 #include "attention_work.h"
+#include "in_turn.h"
 #include "small_gemm.h"
 
 namespace pinet {
@@ -171,7 +172,7 @@ void run_forward(const Attention<T>& a) {
   const auto pieces = cut(a.offsets, a.users, a.heads, a.width, false);
   int64_t cost = 0;
   for (const Piece& piece : pieces) cost += piece.cost;
-  for_each_piece(pieces.size(), cost < kPiece, [&](int64_t i) {
+  in_turn(pieces.size(), cost < kPiece, [&](int64_t i) {
     const Piece& p = pieces[i];
     for (int64_t u = p.user; u < p.end; ++u) {
       const int64_t length = a.offsets[u + 1] - a.offsets[u];
@@ -213,7 +214,7 @@ void run_backward(const Attention<T>& a, Gradients<T> g) {
   std::unique_ptr<T[]> partial(elements > 0 ? new T[elements] : nullptr);
   g.partial.assign(a.users, nullptr);
   for (int64_t u : is_long) g.partial[u] = partial.get() + at[u];
-  for_each_piece(pieces.size(), cost < kPiece, [&](int64_t i) {
+  in_turn(pieces.size(), cost < kPiece, [&](int64_t i) {
     const Piece& p = pieces[i];
     for (int64_t u = p.user; u < p.end; ++u) {
       const int64_t length = a.offsets[u + 1] - a.offsets[u];
@@ -224,7 +225,7 @@ void run_backward(const Attention<T>& a, Gradients<T> g) {
     }
   });
   const int64_t num_long = static_cast<int64_t>(is_long.size()) * a.heads;
-  for_each_piece(num_long, false, [&](int64_t i) {
+  in_turn(num_long, false, [&](int64_t i) {
     add_partial(a, g, is_long[i / a.heads], i % a.heads);
   });
 }
